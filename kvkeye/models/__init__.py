@@ -1,0 +1,1 @@
+"""Model families over `kvkeye.layers`. Importing this package loads none of them."""
