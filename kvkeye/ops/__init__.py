@@ -1,0 +1,83 @@
+"""The contract of every kernel: declaration, reference, gradient, choice of implementation.
+
+`ops.rms_norm(x, weight, eps)` runs the first implementation that accepts the call; `ops.rms_norm.explain(...)`
+says which and why; `with ops.use_backends("cpp"):` forces one. `python -m kvkeye.ops` prints the support table.
+"""
+
+from kvkeye.ops._op import OPS, Implementation, Op, op
+from kvkeye.ops._policy import use_backends
+from kvkeye.ops.activation import gelu, gelu_backward, silu_mul, silu_mul_backward
+from kvkeye.ops.attention import (
+    merge_attention_states,
+    merge_attention_states_backward,
+    paged_attention,
+    varlen_attention,
+    varlen_attention_backward,
+)
+from kvkeye.ops.kv_cache import append_kv, copy_blocks, qk_norm_mrope_append
+from kvkeye.ops.linear import packed_linear, packed_linear_backward
+from kvkeye.ops.loss import token_logprobs, token_logprobs_backward
+from kvkeye.ops.norm import (
+    add_rms_norm,
+    add_rms_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
+from kvkeye.ops.rope import (
+    mrope,
+    mrope_backward,
+    qk_norm_mrope,
+    qk_norm_mrope_backward,
+    rope_2d,
+    rope_2d_backward,
+)
+from kvkeye.ops.sampling import sample
+from kvkeye.ops.vision import (
+    interpolate_position,
+    interpolate_position_backward,
+    merge_patches,
+    merge_patches_backward,
+)
+
+__all__ = [
+    "OPS",
+    "Implementation",
+    "Op",
+    "add_rms_norm",
+    "add_rms_norm_backward",
+    "append_kv",
+    "copy_blocks",
+    "gelu",
+    "gelu_backward",
+    "interpolate_position",
+    "interpolate_position_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "merge_attention_states",
+    "merge_attention_states_backward",
+    "merge_patches",
+    "merge_patches_backward",
+    "mrope",
+    "mrope_backward",
+    "op",
+    "packed_linear",
+    "packed_linear_backward",
+    "paged_attention",
+    "qk_norm_mrope",
+    "qk_norm_mrope_append",
+    "qk_norm_mrope_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope_2d",
+    "rope_2d_backward",
+    "sample",
+    "silu_mul",
+    "silu_mul_backward",
+    "token_logprobs",
+    "token_logprobs_backward",
+    "use_backends",
+    "varlen_attention",
+    "varlen_attention_backward",
+]

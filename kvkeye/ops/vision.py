@@ -1,0 +1,119 @@
+"""Patches of the vision tower: position table and merging. Pictures are lists of (t, rows, columns) triples."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvkeye.ops._autograd import wide
+from kvkeye.ops._op import op
+
+
+def triples(grid_thw: list[int]) -> list[tuple[int, int, int]]:
+    """[(t, rows, columns)] of a flat list."""
+    return [(grid_thw[i], grid_thw[i + 1], grid_thw[i + 2]) for i in range(0, len(grid_thw), 3)]
+
+
+def _triples_fit(grid_thw: list[int]) -> Iterator[str]:
+    if len(grid_thw) % 3 or any(g < 1 for g in grid_thw):
+        yield f"grid_thw {list(grid_thw)[:12]} must be flat triples (t, rows, columns) of positive sizes"
+
+
+def _table_is_square(table: Tensor, grid_thw: list[int]) -> Iterator[str]:
+    if table.dim() != 3 or table.shape[0] != table.shape[1]:
+        yield f"table is {tuple(table.shape)}; expected [n, n, d]"
+    yield from _triples_fit(grid_thw)
+
+
+@op(requires=_table_is_square)
+def interpolate_position(table: Tensor, grid_thw: list[int]) -> Tensor:
+    """The learned position table resized to each picture's grid, rows of all pictures packed.
+
+    Bilinear, half-pixel centres, no antialiasing, also when shrinking: source s = max(0, (o + 0.5) n / size - 0.5).
+    The same rows repeat for each of the t frames.
+
+    Shapes     table [n, n, d]; out [sum t rows columns, d], raster order within a frame
+    Args       table fp32 | bf16 | fp16;  grid_thw flat triples, on the host
+    Returns    dtype of table
+    Numerics   fp32 weights and sums, one rounding at the end
+    Gradient   table
+    Errors     ValueError on shape disagreement
+    Source     Keye-VL technical report, section 2 (native-resolution encoder)
+    """
+    image = wide(table).permute(2, 0, 1)[None]  # [1, d, n, n]
+    rows = []
+    for t, height, width in triples(grid_thw):
+        resized = torch.nn.functional.interpolate(
+            image, size=(height, width), mode="bilinear", align_corners=False
+        )
+        rows.append(
+            resized[0].permute(1, 2, 0).reshape(height * width, -1).repeat(t, 1)
+        )  # [t rows columns, d]
+    return torch.cat(rows).to(table.dtype) if rows else table.new_empty((0, table.shape[-1]))
+
+
+interpolate_position.implement("cpp")
+interpolate_position.implement("triton", "vision:interpolate_position")
+interpolate_position_backward = interpolate_position.differentiate("table")
+interpolate_position_backward.implement("cpp")
+interpolate_position_backward.implement("triton", "vision:interpolate_position_backward")
+
+
+def _rows_fit(x: Tensor, grid_thw: list[int], merge: int) -> Iterator[str]:
+    yield from _triples_fit(grid_thw)
+    if x.dim() != 2 or merge < 1:
+        yield f"x is {tuple(x.shape)} and merge {merge}; expected [N, d] and merge >= 1"
+        return
+    if any(h % merge or w % merge for _, h, w in triples(grid_thw)):
+        yield f"every grid side must be a multiple of merge = {merge}, got {triples(grid_thw)}"
+    if (rows := sum(t * h * w for t, h, w in triples(grid_thw))) != x.shape[0]:
+        yield f"x has {x.shape[0]} rows; grid_thw counts {rows}"
+
+
+def _merged_rows_fit(grad: Tensor, grid_thw: list[int], merge: int) -> Iterator[str]:
+    if grad.dim() != 2 or merge < 1 or grad.shape[1] % (merge * merge):
+        yield f"grad is {tuple(grad.shape)}; expected [N / merge^2, merge^2 d] with merge = {merge}"
+    yield from _triples_fit(grid_thw)
+
+
+@op(requires=_rows_fit)
+def merge_patches(x: Tensor, grid_thw: list[int], merge: int) -> Tensor:
+    """Concatenates the rows of each merge x merge window of patches.
+
+    A window's rows follow in raster order, windows in raster order within a frame.
+
+    Shapes     x [N, d] raster order -> [N / merge^2, merge^2 d]
+    Args       x any floating dtype;  grid_thw flat triples, on the host
+    Returns    dtype of x
+    Numerics   data movement, exact
+    Gradient   x
+    Errors     ValueError on shape disagreement or an odd grid
+    Source     Keye-VL technical report, section 2 (projector)
+    """
+    merged, start = [], 0
+    for t, height, width in triples(grid_thw):
+        frame = x[start : start + t * height * width]
+        start += t * height * width
+        windows = frame.view(t, height // merge, merge, width // merge, merge, -1).transpose(2, 3)
+        merged.append(windows.reshape(-1, merge * merge * x.shape[1]))  # [windows, merge^2 d]
+    return torch.cat(merged) if merged else x.new_empty((0, merge * merge * x.shape[1]))
+
+
+@op(requires=_merged_rows_fit)
+def merge_patches_backward(grad: Tensor, grid_thw: list[int], merge: int) -> Tensor:
+    """Gradient of merge_patches with respect to x: the inverse permutation, [N / merge^2, merge^2 d] -> [N, d]."""
+    rows, start = [], 0
+    for t, height, width in triples(grid_thw):
+        count = t * height * width // (merge * merge)
+        windows = grad[start : start + count]
+        start += count
+        frame = windows.view(t, height // merge, width // merge, merge, merge, -1).transpose(2, 3)
+        rows.append(frame.reshape(t * height * width, -1))
+    return torch.cat(rows) if rows else grad.new_empty((0, grad.shape[1] // (merge * merge)))
+
+
+merge_patches.implement("cpp")
+merge_patches.implement("triton", "vision:merge_patches")
+merge_patches.differentiate("x", backward=merge_patches_backward, save=("grid_thw", "merge"))
+merge_patches_backward.implement("cpp")
+merge_patches_backward.implement("triton", "vision:merge_patches_backward")
