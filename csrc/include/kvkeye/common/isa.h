@@ -1,0 +1,17 @@
+// Which instruction set the CPU kernels run on. Decided once, at the first question.
+#pragma once
+
+namespace kvkeye {
+
+enum class Isa { generic, avx2, avx512 };
+
+struct IsaChoice {
+  Isa isa;
+  const char* name;  // "generic", "avx2" or "avx512"
+  const char* error; // null, or why no choice could be made (a bad or unsupported KVKEYE_CPU_ISA)
+};
+
+// The widest instruction set that the CPU and the operating system support, or the one KVKEYE_CPU_ISA names.
+const IsaChoice& active_isa();
+
+} // namespace kvkeye
