@@ -1,0 +1,1 @@
+from kvkeye._host_py import BlockPool as BlockPool

@@ -1,0 +1,309 @@
+"""Who runs in the next step, over which tokens and blocks. Plain numbers; no tensors, no model.
+
+One rule covers everything: a row has `num_remaining` tokens without keys and values; a step computes some of them, and
+when none is left the row gets its next token. Prefill, chunked prefill, decoding and the recompute after a
+preemption are the same case.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from kvkeye.engine.block_manager import BlockManager, ceil_div
+from kvkeye.engine.request import Request, Sequence, State
+from kvkeye.errors import CapacityError, RequestError
+
+ERROR_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_num_seqs rows and max_num_batched_tokens tokens a step; at most max_prefill_chunk tokens of one row."""
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 8192
+    max_prefill_chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Compute `tokens` at positions start.. of row `seq_id`; then draw `num_samples` next tokens (0: prompt goes on)."""
+
+    seq_id: int
+    start: int
+    tokens: list[int]
+    block_table: list[int]
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass. `block_copies` (source, target) come first."""
+
+    rows: list[Row] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+class Scheduler:
+    """Continuous batching: decoding rows first, then running prompts, then waiting ones; by priority, then arrival.
+
+    When blocks run out, the row of worst rank goes back to waiting and is recomputed later. The best-ranked row can
+    always go on, so every request ends. Not thread-safe.
+    """
+
+    def __init__(self, limits: Limits, blocks: BlockManager) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Sequence] = []  # both lists are kept in rank order
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._by_id: dict[int, Sequence] = {}
+        self._next_arrival = 0
+        self._next_seq_id = 0
+
+    # Entry and exit of requests
+
+    def add(self, request: Request) -> None:
+        """Queues a request. RequestError or CapacityError if it could never run; nothing has changed then."""
+        self._check(request)
+        request.arrival = self._next_arrival
+        self._next_arrival += 1
+        seq = self._new_sequence(request, index=0, tokens=list(request.prompt))
+        seq.width = request.sampling.n
+        self.requests[request.request_id] = request
+        insort(self.waiting, seq, key=_rank)
+
+    def _check(self, request: Request) -> None:
+        num_prompt, longest = len(request.prompt), len(request.prompt) + request.max_tokens
+        where = f"request {request.request_id!r}"
+        if request.request_id in self.requests:
+            raise RequestError(f"{where}: this id is already running. Choose another.", param="request_id")
+        if num_prompt == 0:
+            raise RequestError(f"{where}: the prompt is empty; expected at least one token. Send text.", param="prompt")
+        if longest > self.limits.max_model_len:
+            raise RequestError(
+                f"{where}: {num_prompt} prompt tokens + {request.max_tokens} new tokens = {longest}; the context holds "
+                f"{self.limits.max_model_len}. Shorten the prompt, shrink the media or lower max_tokens.",
+                param="max_tokens" if num_prompt < self.limits.max_model_len else "prompt",
+            )
+        if request.sampling.n > self.limits.max_num_seqs:
+            raise RequestError(
+                f"{where}: n={request.sampling.n} rows; max_num_seqs is {self.limits.max_num_seqs}. Lower n.", param="n"
+            )
+        num_blocks = ceil_div(longest, self.blocks.block_size)
+        if num_blocks > self.blocks.pool.num_blocks:
+            raise CapacityError(
+                f"{where}: {longest} tokens need {num_blocks} KV blocks of {self.blocks.block_size}; there are "
+                f"{self.blocks.pool.num_blocks}. Lower max_tokens or give the KV cache more memory."
+            )
+
+    def _new_sequence(self, request: Request, index: int, tokens: list[int]) -> Sequence:
+        seq = Sequence(seq_id=self._next_seq_id, request=request, index=index, tokens=tokens)
+        self._next_seq_id += 1
+        request.sequences.append(seq)
+        self._by_id[seq.seq_id] = seq
+        return seq
+
+    def abort(self, request_id: str, reason: str = "abort") -> bool:
+        """Ends a request wherever it is, also between schedule and finish; False if it is not here any more."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        for seq in list(request.sequences):
+            self.end(seq, reason)
+        return True
+
+    def end(self, seq: Sequence, reason: str) -> None:
+        """Ends one row and frees its blocks. Does nothing for a row that has ended."""
+        if seq.state is State.FINISHED:
+            return
+        (self.running if seq.state is State.RUNNING else self.waiting).remove(seq)
+        seq.move_to(State.FINISHED)
+        seq.finish_reason = reason
+        self.blocks.release(seq)
+        del self._by_id[seq.seq_id]
+        if seq.request.is_finished:
+            del self.requests[seq.request.request_id]
+
+    def preempt(self, seq: Sequence) -> None:
+        """Takes a running row's blocks; it waits at its rank and is recomputed from what the cache still holds."""
+        self.running.remove(seq)
+        seq.move_to(State.WAITING)
+        self.blocks.release(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, seq, key=_rank)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All rows that have not ended."""
+        return iter(self._by_id.values())
+
+    def sequence(self, seq_id: int) -> Sequence:
+        return self._by_id[seq_id]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    # Planning
+
+    def schedule(self) -> Step:
+        """Plans one step and reserves its blocks. `finish` or `fail` must follow before the next call."""
+        plan = _Plan(budget=self.limits.max_num_batched_tokens)
+        self._yield_to_priority()
+        num_preemptions = self.num_preemptions
+        decoding = [seq for seq in self.running if seq.num_remaining == 1]
+        prompts = [seq for seq in self.running if seq.num_remaining > 1]
+        for seq in decoding + prompts:
+            if plan.budget and seq.state is State.RUNNING:
+                self._place(seq, plan)
+        # A step that took blocks away must not hand them to a newcomer.
+        if self.num_preemptions == num_preemptions:
+            self._admit(plan)
+        self.blocks.unpin()
+        return Step(plan.rows, plan.copies)
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        chunk = self.limits.max_prefill_chunk or budget
+        return min(seq.num_remaining, chunk, budget)
+
+    def _place(self, seq: Sequence, plan: _Plan) -> None:
+        """Adds the row's next tokens to the plan, taking blocks from worse-ranked rows if it must."""
+        num_tokens = self._chunk(seq, plan.budget)
+        while not self.blocks.can_reserve(seq, num_tokens):
+            victim = next(other for other in reversed(self.running) if other.seq_id not in plan.planned)
+            if victim is not seq:
+                self.preempt(victim)
+                continue
+            # Nobody worse is left to take from. Rows planned before this one may still rank below it: then it keeps
+            # its place and its blocks until the next step; otherwise it makes room for its betters.
+            if seq is self.running[-1]:
+                self.preempt(seq)
+            return
+        plan.add(seq, num_tokens, self.blocks.reserve(seq, num_tokens))
+
+    def _admit(self, plan: _Plan) -> None:
+        """Starts waiting rows in rank order while seats, tokens and blocks for the whole row suffice."""
+        while self.waiting and plan.budget and self._has_seat(self.waiting[0]):
+            seq = self.waiting[0]
+            if not self._attach(seq):
+                return
+            if seq.num_preemptions == 0:
+                seq.num_cached = seq.num_computed
+            self.waiting.pop(0)
+            seq.move_to(State.RUNNING)
+            insort(self.running, seq, key=_rank)
+            self._place(seq, plan)
+
+    def _attach(self, seq: Sequence) -> bool:
+        """Takes the row's cached prefix if the rest fits as well; otherwise takes nothing."""
+        self.blocks.attach(seq)
+        if self.blocks.can_reserve(seq, seq.num_remaining):
+            return True
+        self.blocks.release(seq)
+        return False
+
+    def _has_seat(self, seq: Sequence) -> bool:
+        return sum(other.width for other in self.running) + seq.width <= self.limits.max_num_seqs
+
+    def _yield_to_priority(self) -> None:
+        """Preempts rows of lower priority while the best waiting row cannot start."""
+        while self.waiting and self.running:
+            head, worst = self.waiting[0], self.running[-1]
+            if head.request.priority >= worst.request.priority:
+                return
+            if self._has_seat(head) and self._attach(head):
+                self.blocks.release(head)
+                return
+            self.preempt(worst)
+
+    # Results
+
+    def finish(self, step: Step, sampled: Mapping[int, SequenceOf[int]]) -> list[Sequence]:
+        """Takes the tokens drawn for each row; returns the rows that got one or ended, forks included.
+
+        A token of ERROR_TOKEN (no valid probabilities) ends that row with reason "error". Rows that were aborted or
+        preempted since `schedule` are passed over.
+        """
+        changed: list[Sequence] = []
+        for row in step.rows:
+            seq = self._by_id.get(row.seq_id)
+            if seq is None or seq.state is not State.RUNNING:
+                continue
+            tokens = sampled[row.seq_id] if row.num_samples else []
+            if ERROR_TOKEN in tokens:
+                self.end(seq, "error")
+                changed.append(seq)
+                continue
+            self.blocks.commit(seq, len(row.tokens))
+            branches = [seq] + [self._fork(seq, index) for index in range(1, len(tokens))]
+            for branch, token in zip(branches, tokens):
+                self._append(branch, token)
+                changed.append(branch)
+        return changed
+
+    def _fork(self, parent: Sequence, index: int) -> Sequence:
+        child = self._new_sequence(parent.request, index, list(parent.tokens))
+        self.blocks.fork(parent, child)
+        child.num_cached = parent.num_computed
+        child.move_to(State.RUNNING)
+        insort(self.running, child, key=_rank)
+        parent.width = 1
+        return child
+
+    def _append(self, seq: Sequence, token: int) -> None:
+        seq.tokens.append(token)
+        sampling = seq.request.sampling
+        is_eos = not sampling.ignore_eos and token in seq.request.eos_token_ids
+        if is_eos or token in sampling.stop_token_ids:
+            self.end(seq, "stop")
+        elif seq.num_generated >= seq.request.max_tokens:
+            self.end(seq, "length")
+
+    def fail(self, step: Step) -> list[Sequence]:
+        """Ends every row of a step that could not be computed; their blocks' content is unknown."""
+        failed = [self._by_id[row.seq_id] for row in step.rows if row.seq_id in self._by_id]
+        for seq in failed:
+            self.end(seq, "error")
+        return failed
+
+    def check(self) -> None:
+        """RuntimeError unless blocks, owners, states and limits agree. For tests and idle moments."""
+        self.blocks.check(self.sequences())
+        for name, rows, state in (("waiting", self.waiting, State.WAITING), ("running", self.running, State.RUNNING)):
+            if any(seq.state is not state for seq in rows) or rows != sorted(rows, key=_rank):
+                raise RuntimeError(f"the {name} list is out of order or holds rows of another state")
+        if len(self.waiting) + len(self.running) != len(self._by_id):
+            raise RuntimeError("a row is neither waiting nor running")
+        if sum(seq.width for seq in self.running) > self.limits.max_num_seqs:
+            raise RuntimeError("more rows are running than max_num_seqs")
+
+
+def _rank(seq: Sequence) -> tuple[int, int, int]:
+    return seq.rank
+
+
+@dataclass
+class _Plan:
+    """A step while it is put together."""
+
+    budget: int
+    rows: list[Row] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    planned: set[int] = field(default_factory=set)
+
+    def add(self, seq: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
+        tokens = seq.tokens[seq.num_computed : seq.num_computed + num_tokens]
+        num_samples = seq.width if num_tokens == seq.num_remaining else 0
+        self.rows.append(Row(seq.seq_id, seq.num_computed, tokens, list(seq.block_table), num_samples))
+        self.copies += copies
+        self.planned.add(seq.seq_id)
+        self.budget -= num_tokens

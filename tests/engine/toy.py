@@ -1,0 +1,90 @@
+"""A model without tensors whose "attention" hashes what it saw through the block tables.
+
+A slot holds (token, media key, state); the state of position i is the hash of every slot before i, states included,
+and of token i. One stale, foreign or unwritten slot changes every later token, and `expected_tokens` computes the
+truth from the request alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from kvkeye.engine.request import Request, Sequence
+from kvkeye.engine.scheduler import Scheduler, Step
+
+VOCAB = 50
+
+
+def _media_key(request: Request, position: int) -> bytes:
+    for span in request.media_between(position, position + 1):
+        return span.key + str(position - span.start).encode()
+    return b""
+
+
+def _state(previous: list[tuple[int, bytes, bytes]], token: int, media: bytes, salt: bytes) -> bytes:
+    digest = hashlib.sha256(salt)
+    for slot in previous:
+        digest.update(repr(slot).encode())
+    digest.update(repr((token, media)).encode())
+    return digest.digest()[:8]
+
+
+def draw(state: bytes, seed: int, index: int, position: int) -> int:
+    digest = hashlib.sha256(state + repr((seed, index, position)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") % VOCAB
+
+
+class ToyModel:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: list[list[tuple[int, bytes, bytes] | None]] = [[None] * block_size for _ in range(num_blocks)]
+
+    def run(self, scheduler: Scheduler, step: Step) -> dict[int, list[int]]:
+        targets = [target for _, target in step.block_copies]
+        assert len(set(targets)) == len(targets)
+        assert not set(targets) & {source for source, _ in step.block_copies}, "copies must not depend on their order"
+        for source, target in step.block_copies:
+            self.cache[target] = list(self.cache[source])
+        written: dict[int, int] = {}
+        sampled = {}
+        for row in step.rows:
+            seq = scheduler.sequence(row.seq_id)
+            first, last = row.start // self.block_size, (row.start + len(row.tokens) - 1) // self.block_size
+            for block in row.block_table[first : last + 1]:
+                assert written.setdefault(block, row.seq_id) == row.seq_id, "two rows write one block"
+            sampled[row.seq_id] = self._run_row(seq, row.start, row.tokens, row.block_table, row.num_samples)
+        for row in step.rows:
+            reads = row.block_table[: row.start // self.block_size]
+            assert not any(written.get(block, row.seq_id) != row.seq_id for block in reads), "a read block is written"
+        return sampled
+
+    def _run_row(
+        self, seq: Sequence, start: int, tokens: list[int], table: list[int], num_samples: int
+    ) -> list[int]:
+        state = b""
+        for position, token in enumerate(tokens, start):
+            seen = [self._slot(table, past) for past in range(position)]
+            media = _media_key(seq.request, position)
+            state = _state(seen, token, media, seq.request.salt)
+            block, offset = table[position // self.block_size], position % self.block_size
+            self.cache[block][offset] = (token, media, state)
+        end = start + len(tokens)
+        return [draw(state, seq.request.seed, seq.index + i, end) for i in range(num_samples)]
+
+    def _slot(self, table: list[int], position: int) -> tuple[int, bytes, bytes]:
+        slot = self.cache[table[position // self.block_size]][position % self.block_size]
+        assert slot is not None, "attention read a slot that nobody wrote"
+        return slot
+
+
+def expected_tokens(request: Request, index: int, num_tokens: int) -> list[int]:
+    """The answer a lone request gets, from its own content only."""
+    slots: list[tuple[int, bytes, bytes]] = []
+    tokens = list(request.prompt)
+    while True:
+        for position in range(len(slots), len(tokens)):
+            media = _media_key(request, position)
+            slots.append((tokens[position], media, _state(slots, tokens[position], media, request.salt)))
+        if len(tokens) - len(request.prompt) == num_tokens:
+            return tokens[len(request.prompt) :]
+        tokens.append(draw(slots[-1][2], request.seed, index, len(tokens)))
