@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all the set-up a fresh machine needs: Python 3.10 or newer and, for the C++ kernels,
+# a C++ compiler. Everything goes into .venv; stamp files make a second run start at once.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+STAMPS := .venv/.stamps
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --timeout 600
+
+.PHONY: env demo test test-long lint native clean
+.DELETE_ON_ERROR:
+
+env: $(STAMPS)/install
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "kvkeye needs Python 3.10 or newer, PYTHON=$(PYTHON) is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	mkdir -p $(STAMPS) && touch $@
+
+# Without a GPU: one fixed torch, and Triton for its interpreter and compiler. A GPU build of torch brings its own.
+$(STAMPS)/torch: $(STAMPS)/venv
+	if command -v nvidia-smi > /dev/null; then $(BIN)/pip install 'torch>=2.11'; \
+	else $(BIN)/pip install torch==2.13.0 && $(BIN)/pip install triton; fi
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/torch
+	$(BIN)/pip install 'setuptools>=77' wheel 'cmake>=3.22' ninja 'pybind11>=2.13'
+	touch $@
+
+$(STAMPS)/install: $(STAMPS)/build pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+	$(BIN)/pip install -e '.[test]' --no-build-isolation
+	touch $@
+
+demo: env
+	$(BIN)/kvkeye demo
+
+test: env lint
+	$(PYTEST) -m 'not long' tests
+
+test-long: env
+	$(PYTEST) tests
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# Rebuilds the libraries of an editable install after a change in csrc/. Old ones are removed, not overwritten: a
+# running process may have them mapped.
+native:
+	$(BIN)/cmake --build build/native --parallel $(JOBS)
+	rm -f kvkeye/*.so
+	$(BIN)/cmake --install build/native --prefix kvkeye --component kvkeye
+
+clean:
+	rm -rf build dist *.egg-info kvkeye/*.so kvkeye/_build_info.json .pytest_cache .mypy_cache .ruff_cache $(STAMPS)
