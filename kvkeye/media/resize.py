@@ -1,0 +1,85 @@
+"""Target sizes and resampling. Sides in pixels, (height, width) order; frames are uint8 RGB arrays.
+
+Two variants of the size rule are in use and differ only for sides below the factor (28 = patch 14 x merge 2):
+the processor's first enlarges such a side to the factor, the client utilities' clamps it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from kvkeye.errors import MediaError
+
+Frame = npt.NDArray[np.uint8]  # [height, width, 3], RGB
+BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, as `resample` in preprocessor_config.json
+FACTOR = 28
+MAX_ASPECT = 200.0
+
+
+def check_aspect(height: int, width: int, limit: float = MAX_ASPECT, where: str = "image") -> None:
+    """Raises `MediaError` where one side is more than `limit` times the other, or a side is empty."""
+    if min(height, width) < 1:
+        raise MediaError(f"{where}: {width}x{height} pixels; both sides must be at least 1.")
+    if max(height, width) > limit * min(height, width):
+        aspect = max(height, width) / min(height, width)
+        raise MediaError(
+            f"{where}: {width}x{height} pixels is an aspect ratio of {aspect:.1f}; at most {limit:g} is "
+            "accepted. Crop it or cut it in parts."
+        )
+
+
+def processor_size(
+    height: int, width: int, min_pixels: int, max_pixels: float, factor: int = FACTOR
+) -> tuple[int, int]:
+    """Size rule of the checkpoint's image processor: multiples of `factor`, area within the limits."""
+    check_aspect(height, width)
+    h, w = float(height), float(width)
+    if h < factor:
+        h, w = factor, round(w * factor / h)
+    if w < factor:
+        h, w = round(h * factor / w), factor
+    return _fit(h, w, round(h / factor) * factor, round(w / factor) * factor, min_pixels, max_pixels, factor)
+
+
+def client_size(height: int, width: int, min_pixels: int, max_pixels: float, factor: int = FACTOR) -> tuple[int, int]:
+    """Size rule of the reference's client utilities, which also size the frames of a clip."""
+    check_aspect(height, width)
+    rows, columns = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    rows, columns = _fit(height, width, rows, columns, min_pixels, max_pixels, factor)
+    return max(rows, factor), max(columns, factor)
+
+
+def _fit(
+    height: float, width: float, rows: int, columns: int, min_pixels: int, max_pixels: float, factor: int
+) -> tuple[int, int]:
+    """Shrinks or enlarges by the unrounded sides; Python's rounding of ties to even is part of the rule."""
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        rows, columns = (math.floor(side / scale / factor) * factor for side in (height, width))
+    elif rows * columns < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def resize_image(frame: Frame, size: tuple[int, int], resample: int = BICUBIC) -> Frame:
+    """Pillow's antialiased resampling of one picture (horizontal pass first in versions below 13)."""
+    if frame.shape[:2] == size:
+        return frame
+    picture = Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling(resample))
+    return np.asarray(picture)
+
+
+def resize_frame(frame: Frame, size: tuple[int, int], mode: str) -> Frame:
+    """The rule for clips: antialiased `bilinear` or `bicubic` in fp32, rounded and clamped to uint8."""
+    if frame.shape[:2] == size:
+        return frame
+    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()  # [1, 3, height, width]
+    y = interpolate(x, size=size, mode=mode, antialias=True, align_corners=False)
+    return np.ascontiguousarray(y[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,0 +1,95 @@
+"""The two size rules against the published table, and the two resamplers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from kvkeye.errors import MediaError
+from kvkeye.media.resize import client_size, processor_size, resize_frame, resize_image
+
+UTILS_1_5 = (3136, 16_056_320)
+TABLE = [  # (h, w): client utilities 1.5.2; processor at min 3136; processor at min 102400
+    ((1080, 1920), (1092, 1932), (728, 1316), (728, 1316)),
+    ((720, 1280), (728, 1288), (728, 1288), (728, 1288)),
+    ((480, 640), (476, 644), (476, 644), (476, 644)),
+    ((448, 448), (448, 448), (448, 448), (448, 448)),
+    ((224, 224), (224, 224), (224, 224), (336, 336)),
+    ((42, 70), (56, 56), (56, 56), (252, 420)),
+    ((3000, 4000), (2996, 4004), (840, 1148), (840, 1148)),
+    ((100, 1000), (112, 1008), (112, 1008), (112, 1008)),
+    ((9, 38), (28, 140), (28, 112), (168, 672)),
+]
+
+
+@pytest.mark.parametrize(("size", "client", "low", "high"), TABLE)
+def test_table(size, client, low, high):
+    assert client_size(*size, *UTILS_1_5) == client
+    assert processor_size(*size, 3136, 1_003_520) == low
+    assert processor_size(*size, 102_400, 1_003_520) == high
+
+
+@pytest.mark.parametrize(("size", "both"), [(row[0], row[2]) for row in TABLE[:-1]] + [((9, 38), (28, 140))])
+def test_client_1_0_then_processor(size, both):
+    once = client_size(*size, 3136, 16384 * 784)
+    assert processor_size(*once, 3136, 1_003_520) == both
+
+
+def test_one_pixel_is_enlarged():
+    assert processor_size(1, 1, 3136, 1_003_520) == (56, 56)
+    assert processor_size(1, 1, 102_400, 1_003_520) == (336, 336)
+
+
+@pytest.mark.parametrize("rule", [processor_size, client_size])
+@pytest.mark.parametrize("size", [(1, 201), (20100, 100), (0, 5), (5, 0)])
+def test_aspect_and_empty_sides_are_refused(rule, size):
+    with pytest.raises(MediaError, match=r"aspect ratio of 201\.0|at least 1"):
+        rule(*size, 3136, 1_003_520)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([3136, 102_400]))
+def test_multiples_within_limits(height, width, low):
+    if max(height, width) > 200 * min(height, width):
+        return
+    rows, columns = processor_size(height, width, low, 1_003_520)
+    assert rows % 28 == columns % 28 == 0
+    # A very long picture may end one step outside: each side is a whole number of steps.
+    assert rows * columns >= low or min(rows, columns) == 28
+    if min(height, width) >= 28:
+        assert (rows, columns) == client_size(height, width, low, 1_003_520) or min(rows, columns) < 28
+
+
+def test_image_resize_is_pillows():
+    frame = np.random.default_rng(0).integers(0, 256, (37, 91, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(frame).resize((56, 84), Image.Resampling.BICUBIC))
+    assert np.array_equal(resize_image(frame, (84, 56)), expected)
+    assert resize_image(frame, (37, 91)) is frame
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_frame_resize_is_antialiased_and_rounded(mode):
+    noise = np.random.default_rng(1).integers(0, 256, (120, 100, 3), dtype=np.uint8)
+    small = resize_frame(noise, (56, 168), mode)  # rows shrink, columns grow
+    exact = np.einsum("or,rcx,pc->opx", filter_matrix(120, 56, mode), noise, filter_matrix(100, 168, mode))
+    exact = exact.round().clip(0, 255)
+    assert small.dtype == np.uint8 and small.flags.c_contiguous
+    off = abs(small - exact)
+    assert off.max() <= 1 and (off > 0).mean() < 1e-3  # single precision at a tie
+
+
+def filter_matrix(size_in, size_out, mode):
+    """Antialiased triangle or cubic (a = -0.5) filter as a dense matrix [size_out, size_in] in double precision."""
+    scale = size_in / size_out
+    width = max(scale, 1.0)
+    centers = (np.arange(size_out) + 0.5) * scale
+    x = abs((np.arange(size_in)[None] + 0.5 - centers[:, None]) / width)
+    if mode == "bilinear":
+        weights = np.clip(1 - x, 0, None)
+    else:
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
