@@ -26,7 +26,6 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_cache = enable_prefix_cache
         self.pool = pool if pool is not None else BlockPool(num_blocks)
-        self._pinned: Counter[int] = Counter()
 
     def attach(self, seq: Sequence) -> None:
         """Starts a row's table with the cached blocks of its longest known prefix.
@@ -52,33 +51,25 @@ class BlockManager:
         """Indices into the table of blocks to be written that have other owners too."""
         first, last = seq.num_computed // self.block_size, ceil_div(end, self.block_size)
         written = range(first, min(last, len(seq.block_table)))
-        return [index for index in written if self._num_owners(seq.block_table[index]) > 1]
-
-    def _num_owners(self, block: int) -> int:
-        return self.pool.ref_count(block) - self._pinned[block]
+        return [index for index in written if self.pool.ref_count(seq.block_table[index]) > 1]
 
     def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int]]:
         """Makes room for the next `num_tokens`; returns (source, target) copies to run before they are computed.
 
-        The sources stay pinned until `unpin`, when the step is planned: no other copy of the step may land on them.
+        The last owner of a shared block writes it in place: copies run before anything is computed. No copy of a step
+        lands on another one's source, since the rows that share a block follow each other in rank.
         """
         end = seq.num_computed + num_tokens
         copies = []
         for index in self._shared_blocks(seq, end):
             (target,) = self.pool.allocate(1)
             copies.append((seq.block_table[index], target))
-            self._pinned[seq.block_table[index]] += 1
+            self.pool.release(seq.block_table[index])
             seq.block_table[index] = target
         num_missing = ceil_div(end, self.block_size) - len(seq.block_table)
         if num_missing > 0:
             seq.block_table += self.pool.allocate(num_missing)
         return copies
-
-    def unpin(self) -> None:
-        """Releases the sources of this step's copies."""
-        for block in self._pinned.elements():
-            self.pool.release(block)
-        self._pinned.clear()
 
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """Records that the next `num_tokens` are computed, and publishes the blocks that became full."""

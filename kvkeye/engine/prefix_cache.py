@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 from kvkeye.engine.request import MediaSpan, Sequence
 

@@ -108,7 +108,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
         put("n", _check_int("n", self.n, 1, MAX_N))
         put("temperature", _check_float("temperature", self.temperature, 0.0, 2.0))
         put("top_p", _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True))
@@ -173,7 +175,7 @@ _NEXT = {
 
 @dataclass(eq=False)
 class Request:
-    """One prompt with its sampling values. `payload` belongs to whoever built the request; the scheduler never looks."""
+    """One prompt with its sampling values. `payload` belongs to the builder of the request; the scheduler never looks."""
 
     request_id: str
     prompt: list[int]

@@ -8,7 +8,8 @@ preemption are the same case.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence as SequenceOf
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from kvkeye.engine.block_manager import BlockManager, ceil_div
@@ -30,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """Compute `tokens` at positions start.. of row `seq_id`; then draw `num_samples` next tokens (0: prompt goes on)."""
+    """Compute `tokens` from position `start` of row `seq_id`; then draw `num_samples` tokens, or none."""
 
     seq_id: int
     start: int
@@ -168,7 +169,6 @@ class Scheduler:
         # A step that took blocks away must not hand them to a newcomer.
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
-        self.blocks.unpin()
         return Step(plan.rows, plan.copies)
 
     def _chunk(self, seq: Sequence, budget: int) -> int:

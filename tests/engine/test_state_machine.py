@@ -234,6 +234,11 @@ def test_thousands_of_random_steps(pool, seed):
             world.preempt(rng.randrange(8))
         elif action < 0.34:
             world.evict(rng.randint(1, 6))
+        elif action < 0.38:
+            kind, which = rng.choice(["abort", "preempt"]), rng.randrange(100)
+            world.step(between=lambda kind=kind, which=which: getattr(world, kind)(which))
+        elif action < 0.40:
+            world.step(fail=rng.random() < 0.3, poison=rng.randrange(9))
         else:
             world.step()
         world.check()

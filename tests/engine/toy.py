@@ -58,9 +58,7 @@ class ToyModel:
             assert not any(written.get(block, row.seq_id) != row.seq_id for block in reads), "a read block is written"
         return sampled
 
-    def _run_row(
-        self, seq: Sequence, start: int, tokens: list[int], table: list[int], num_samples: int
-    ) -> list[int]:
+    def _run_row(self, seq: Sequence, start: int, tokens: list[int], table: list[int], num_samples: int) -> list[int]:
         state = b""
         for position, token in enumerate(tokens, start):
             seen = [self._slot(table, past) for past in range(position)]
