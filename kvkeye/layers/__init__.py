@@ -1,0 +1,22 @@
+"""Layers that models share: `torch.nn` modules over `kvkeye.ops`. They know sizes, never a checkpoint's names."""
+
+from kvkeye.layers.attention import PatchAttention, SelfAttention
+from kvkeye.layers.context import Context, PackedContext, PagedContext
+from kvkeye.layers.embedding import Embedding
+from kvkeye.layers.linear import Linear
+from kvkeye.layers.mlp import GeluMLP, SwiGLU
+from kvkeye.layers.norm import LayerNorm, RMSNorm
+
+__all__ = [
+    "Context",
+    "Embedding",
+    "GeluMLP",
+    "LayerNorm",
+    "Linear",
+    "PackedContext",
+    "PagedContext",
+    "PatchAttention",
+    "RMSNorm",
+    "SelfAttention",
+    "SwiGLU",
+]

@@ -1,0 +1,67 @@
+"""The language model: Qwen3 with sectioned rotary positions. Knows embeddings, positions and contexts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kvkeye import ops
+from kvkeye.layers import Context, Embedding, Linear, RMSNorm, SelfAttention, SwiGLU
+from kvkeye.models.keye.config import TextConfig
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm layer over a residual stream that is added to inside the norms."""
+
+    def __init__(self, config: TextConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.mrope_section,
+            config.rope_theta,
+            config.rms_norm_eps,
+            layer_index,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x [T, H] is what the layer before adds to `residual` [T, H]; the same pair is returned."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions, context)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class LanguageModel(nn.Module):
+    """Decoder layers between the embedding table and the output head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """embeds [T, H], positions [3, T] int64 -> normalised hidden states [T, H]."""
+        x, residual = embeds, None
+        for layer in self.layers:
+            x, residual = layer(x, residual, positions, context)
+        if residual is None:
+            return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, V], in the dtype of `hidden`."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        logits: Tensor = ops.packed_linear(hidden, self.embed_tokens.weight, None)
+        return logits
