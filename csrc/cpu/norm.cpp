@@ -7,13 +7,79 @@
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
-template <class T> KVKEYE_INLINE float sum_of_squares(const T* x, int64_t dim) {
-  Vf total{};
-  for_vectors(dim, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+template <class T> KVKEYE_INLINE float inverse_root(const T* x, int64_t dim, float eps) {
+  const float squares = sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
     const Vf value = load(x + i, lanes);
-    total = fma(value, value, total);
+    return value * value;
   });
-  return sum(total);
+  return 1.0f / std::sqrt(squares / (float)dim + eps);
+}
+
+template <class T> KVKEYE_INLINE void add_rows(const T* x, const T* residual, T* total, int64_t dim) {
+  for_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+    store(total + i, load(x + i, lanes) + load(residual + i, lanes), lanes);
+  });
+}
+
+// A lane past the end of a row reads as zero; after the mean is subtracted it must be made zero again.
+KVKEYE_INLINE Vf keep(Vf value, int lanes) {
+  if (lanes == kLanes)
+    return value;
+  float lane[kLanes] = {};
+  store(lane, value, lanes);
+  return load(lane);
+}
+
+struct Moments {
+  float mean, scale;
+};
+
+template <class T> KVKEYE_INLINE Moments moments(const T* x, int64_t dim, float eps) {
+  const float total =
+      sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA { return load(x + i, lanes); });
+  const float mean = total / (float)dim;
+  const float squares = sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+    const Vf centred = keep(load(x + i, lanes) - mean, lanes);
+    return centred * centred;
+  });
+  return {mean, 1.0f / std::sqrt(squares / (float)dim + eps)};
+}
+
+// The input of the norm for a row of a backward pass, not rounded: sums of a gradient stay in fp32.
+template <class T> struct BackwardRow {
+  const T *x, *residual, *grad;
+  float mean, scale;
+
+  __attribute__((always_inline)) Vf normed(int64_t i, int lanes) const {
+    Vf value = load(x + i, lanes);
+    if (residual != nullptr)
+      value += load(residual + i, lanes);
+    return keep(value - mean, lanes) * scale;
+  }
+};
+
+template <class T> KVKEYE_INLINE BackwardRow<T> backward_row(const NormBackwardParams<T>& p, int64_t row) {
+  const T* residual = p.residual == nullptr ? nullptr : p.residual + row * p.residual_stride;
+  const float mean = p.mean == nullptr ? 0.0f : p.mean[row];
+  return {p.x + row * p.x_stride, residual, p.grad + row * p.dim, mean, p.scale[row]};
+}
+
+template <class T> KVKEYE_INLINE void row_statistics(const NormBackwardParams<T>& p, int64_t row) {
+  const T* x = p.x + row * p.x_stride;
+  if (p.mean != nullptr) {
+    const Moments found = moments(x, p.dim, p.eps);
+    p.mean[row] = found.mean;
+    p.scale[row] = found.scale;
+  } else if (p.residual == nullptr) {
+    p.scale[row] = inverse_root(x, p.dim, p.eps);
+  } else {
+    const T* residual = p.residual + row * p.residual_stride;
+    const float squares = sum_vectors(p.dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+      const Vf value = load(x + i, lanes) + load(residual + i, lanes);
+      return value * value;
+    });
+    p.scale[row] = 1.0f / std::sqrt(squares / (float)p.dim + p.eps);
+  }
 }
 
 } // namespace
@@ -21,14 +87,72 @@ template <class T> KVKEYE_INLINE float sum_of_squares(const T* x, int64_t dim) {
 template <class T> void rms_norm(const RmsNormParams<T>& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = p.x + row * p.x_stride;
+    if (p.residual != nullptr) {
+      add_rows(x, p.residual + row * p.residual_stride, p.total + row * p.dim, p.dim);
+      x = p.total + row * p.dim;
+    }
     T* y = p.y + row * p.dim;
-    const float scale = 1.0f / std::sqrt(sum_of_squares(x, p.dim) / (float)p.dim + p.eps);
-    for_vectors(p.dim, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    const float scale = inverse_root(x, p.dim, p.eps);
+    for_vectors(p.dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
       store(y + i, rounded<T>(load(x + i, lanes) * scale) * load(p.weight + i, lanes), lanes);
     });
   }
 }
 
+template <class T> void layer_norm(const LayerNormParams<T>& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = p.x + row * p.x_stride;
+    T* y = p.y + row * p.dim;
+    const Moments found = moments(x, p.dim, p.eps);
+    for_vectors(p.dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+      const Vf normed = (load(x + i, lanes) - found.mean) * found.scale;
+      store(y + i, fma(normed, load(p.weight + i, lanes), load(p.bias + i, lanes)), lanes);
+    });
+  }
+}
+
+// With n the normed row and g = grad * weight: grad_x = scale (g - mean(g) - n mean(g n)), where the mean of
+// g only enters when the forward subtracted one.
+template <class T> void norm_backward_rows(const NormBackwardParams<T>& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    row_statistics(p, row);
+    const BackwardRow<T> r = backward_row(p, row);
+    const auto weighted = [&](int64_t i, int lanes)
+                              KVKEYE_LAMBDA { return load(r.grad + i, lanes) * load(p.weight + i, lanes); };
+    const float along =
+        sum_vectors(p.dim, [&](int64_t i, int lanes)
+                               KVKEYE_LAMBDA { return weighted(i, lanes) * r.normed(i, lanes); }) /
+        (float)p.dim;
+    const float shift = p.mean == nullptr ? 0.0f : sum_vectors(p.dim, weighted) / (float)p.dim;
+    for_vectors(p.dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+      Vf grad = (weighted(i, lanes) - shift - r.normed(i, lanes) * along) * r.scale;
+      const int64_t at = row * p.dim + i;
+      if (p.grad_total != nullptr)
+        grad += load(p.grad_total + at, lanes);
+      store(p.grad_x + at, grad, lanes);
+      if (p.grad_residual != nullptr)
+        store(p.grad_residual + at, grad, lanes);
+    });
+  }
+}
+
+template <class T> void norm_backward_columns(const NormBackwardParams<T>& p, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    sum_rows(block, p.dim, p.rows, p.grad_weight, [&](int64_t row, int64_t i, int lanes) KVKEYE_LAMBDA {
+      const BackwardRow<T> r = backward_row(p, row);
+      return load(r.grad + i, lanes) * r.normed(i, lanes);
+    });
+    if (p.grad_bias == nullptr)
+      continue;
+    sum_rows(block, p.dim, p.rows, p.grad_bias, [&](int64_t row, int64_t i, int lanes) KVKEYE_LAMBDA {
+      return load(p.grad + row * p.dim + i, lanes);
+    });
+  }
+}
+
 KVKEYE_INSTANTIATE(rms_norm, RmsNormParams)
+KVKEYE_INSTANTIATE(layer_norm, LayerNormParams)
+KVKEYE_INSTANTIATE(norm_backward_rows, NormBackwardParams)
+KVKEYE_INSTANTIATE(norm_backward_columns, NormBackwardParams)
 
 } // namespace kvkeye::KVKEYE_ISA

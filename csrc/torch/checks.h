@@ -73,6 +73,14 @@ struct Argument {
     }
     require(same, op, ": ", name, " has shape ", shape_text(tensor), "; expected [", wanted.str(), "].");
   }
+
+  void has_shape_of(const char* other, const Tensor& like) const {
+    bool same = tensor.dim() == like.dim();
+    for (int64_t i = 0; same && i < like.dim(); ++i)
+      same = tensor.size(i) == like.size(i);
+    require(same, op, ": ", name, " has shape ", shape_text(tensor), "; expected that of ", other, ", ",
+            shape_text(like), ".");
+  }
 };
 
 // Calls body with a value of the storage type: body(float{}) or body(bf16{}).

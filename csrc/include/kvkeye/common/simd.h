@@ -7,6 +7,7 @@
 // algorithms.
 #pragma once
 
+#include "kvkeye/common/blocks.h"
 #include "kvkeye/common/types.h"
 
 #include <cstdint>
@@ -21,6 +22,7 @@
 #endif
 
 #define KVKEYE_INLINE static inline __attribute__((always_inline))
+#define KVKEYE_LAMBDA __attribute__((always_inline))
 
 namespace kvkeye::KVKEYE_ISA {
 
@@ -149,23 +151,36 @@ KVKEYE_INLINE Vf min(Vf a, Vf b) {
   return a < b ? a : b;
 }
 
-// Sum and maximum over the lanes, halving each time: one order for each instruction set.
+// Sum and maximum over the lanes, halving each time (lane i meets lane i + half): one order for each
+// instruction set, without a way through memory.
+typedef float V4 __attribute__((vector_size(16)));
+#if defined(__AVX2__)
+typedef float V8 __attribute__((vector_size(32)));
+#endif
+
+template <class Join> KVKEYE_INLINE float reduce(Vf value, Join join) {
+#if defined(__AVX512F__)
+  const V8 eight = join(__builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7),
+                        __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  const V8 eight = value;
+#endif
+#if defined(__AVX2__)
+  const V4 four = join(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                       __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+#else
+  const V4 four = value;
+#endif
+  const V4 two = join(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+  return join(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
+}
+
 KVKEYE_INLINE float sum(Vf value) {
-  float lane[kLanes];
-  std::memcpy(lane, &value, sizeof value);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lane[i] += lane[i + half];
-  return lane[0];
+  return reduce(value, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 KVKEYE_INLINE float largest(Vf value) {
-  float lane[kLanes];
-  std::memcpy(lane, &value, sizeof value);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  return reduce(value, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // exp(x), at most 2 ulp: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial of degree 7 in r (remainder
@@ -190,13 +205,60 @@ KVKEYE_INLINE Vf exp(Vf x) {
   return x == x ? result : x;
 }
 
-// Calls body(offset, lanes) over [0, size): whole vectors first, then the rest as a partial one.
-template <class Body> KVKEYE_INLINE void for_vectors(int64_t size, Body body) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
+// Calls body(offset, lanes) over [begin, end): whole vectors first, then the rest as a partial one.
+template <class Body> KVKEYE_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
     body(i, kLanes);
-  if (i < size)
-    body(i, (int)(size - i));
+  if (i < end)
+    body(i, (int)(end - i));
+}
+
+template <class Body> KVKEYE_INLINE void for_vectors(int64_t size, Body body) {
+  for_vectors(0, size, body);
+}
+
+// Sums of long rows are summed in three levels of 16: the rounding error grows with the levels, not with the
+// length.
+
+// The sum of term(offset, lanes) over [0, size), in one order.
+template <class Term> KVKEYE_INLINE float sum_vectors(int64_t size, Term term) {
+  constexpr int64_t low = 16 * kLanes, high = 16 * low;
+  Vf total{};
+  for (int64_t outer = 0; outer < size; outer += high) {
+    const int64_t outer_end = outer + high < size ? outer + high : size;
+    Vf middle{};
+    for (int64_t inner = outer; inner < outer_end; inner += low) {
+      Vf part{};
+      for_vectors(inner, inner + low < size ? inner + low : size,
+                  [&](int64_t i, int lanes) KVKEYE_LAMBDA { part += term(i, lanes); });
+      middle += part;
+    }
+    total += middle;
+  }
+  return sum(total);
+}
+
+// out[i] = the sum over rows of term(row, i, lanes), for one block of kColumnBlock columns: how the gradient
+// of a weight is reduced. The rows are walked in one order, so the number of threads cannot show.
+template <class T, class Term>
+KVKEYE_INLINE void sum_rows(int64_t block, int64_t columns, int64_t rows, T* out, Term term) {
+  const int64_t first = block * kColumnBlock;
+  const int64_t last = first + kColumnBlock < columns ? first + kColumnBlock : columns;
+  for_vectors(first, last, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+    Vf total{};
+    for (int64_t outer = 0; outer < rows; outer += 256) {
+      Vf middle{};
+      for (int64_t inner = outer; inner < rows && inner < outer + 256; inner += 16) {
+        Vf part{};
+        for (int64_t row = inner; row < rows && row < inner + 16; ++row)
+          part += term(row, i, lanes);
+        middle += part;
+      }
+      total += middle;
+    }
+    store(out + i, total, lanes);
+  });
 }
 
 } // namespace kvkeye::KVKEYE_ISA

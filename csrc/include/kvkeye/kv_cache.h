@@ -1,0 +1,28 @@
+// The paged cache: slot = block * block_size + offset, cache [blocks, heads, block_size, row]. Moves bytes
+// only.
+#pragma once
+
+#include "kvkeye/common/kernel.h"
+
+namespace kvkeye {
+
+// Items are tokens.
+struct AppendKvParams {
+  const char* source[2];       // k, v: [tokens, heads, row_bytes], strided
+  char* cache[2];              // k_cache, v_cache: [blocks, heads, block_size, row_bytes]
+  const int64_t* slot_mapping; // [tokens], negative: do not write
+  int64_t heads, block_size, row_bytes;
+  int64_t token_stride[2], head_stride[2]; // in bytes
+};
+
+// Items are pairs. Targets are distinct and no target is a source.
+struct CopyBlocksParams {
+  char* cache[2];             // k_cache, v_cache: [blocks, block_bytes]
+  const int64_t* block_pairs; // [pairs, 2]: source, target
+  int64_t block_bytes;
+};
+
+KVKEYE_UNTYPED_KERNEL(append_kv, AppendKvParams)
+KVKEYE_UNTYPED_KERNEL(copy_blocks, CopyBlocksParams)
+
+} // namespace kvkeye

@@ -1,0 +1,177 @@
+"""Runs every C++ kernel of one instruction set against the reference in float64. A script: one process, one choice.
+
+    KVKEYE_CPU_ISA=avx2 python -m tests.native.kernel_cases
+
+A kernel passes where its error against the float64 truth is at most twice that of the eager reference in the working
+dtype, or at most 4 eps of the largest true value. Sizes cross the vector widths of all instruction sets.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvkeye import ops
+from kvkeye.ops import _library
+
+DTYPES = (torch.float32, torch.bfloat16)
+GRIDS = [1, 4, 6, 2, 2, 10, 1, 8, 2]  # three pictures, one of two frames
+PATCHES = 24 + 40 + 16
+
+
+@dataclass
+class Random:
+    generator: torch.Generator
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype)
+
+    def fp32(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def positions(self, tokens: int) -> Tensor:
+        return torch.randint(0, 3000, (3, tokens), generator=self.generator)
+
+
+def norm(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for dim in (1, 3, 72, 128, 1025):
+        x, residual, weight, bias, grad, other = r(6, dim), r(6, dim), r(dim), r(dim), r(6, dim), r(6, dim)
+        yield "rms_norm", (x, weight, 1e-6)
+        yield "rms_norm", (r(dim, 6).t(), weight, 1e-6)
+        yield "rms_norm", (r(2, 3, 2 * dim)[..., dim:], weight, 1e-6)
+        yield "rms_norm_backward", (grad, x, weight, 1e-6)
+        yield "add_rms_norm", (x, residual, weight, 1e-6)
+        yield "add_rms_norm_backward", (grad, other, x, residual, weight, 1e-6)
+        yield "layer_norm", (x, weight, bias, 1e-6)
+        yield "layer_norm_backward", (grad, x, weight, bias, 1e-6)
+    x, weight, grad = r(200, 72), r(72), r(200, 72)
+    yield "rms_norm_backward", (grad, x, weight, 1e-6)
+    yield "layer_norm_backward", (r(72).expand(200, 72), x + 3, weight, weight, 1e-6)
+
+
+def activation(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for size in (2, 10, 144, 6002):
+        gate_up, grad = r(3, size, scale=4.0), r(3, size // 2)
+        yield "silu_mul", (gate_up,)
+        yield "silu_mul", (r(3, 2 * size, scale=4.0)[:, size:],)
+        yield "silu_mul", (r(size, 3).t(),)
+        yield "silu_mul_backward", (grad, gate_up)
+        for tanh in (True, False):
+            yield "gelu", (gate_up, tanh)
+            yield "gelu_backward", (r(size, 3).t(), gate_up, tanh)
+    edges = torch.tensor([-3e38, -200.0, -88.0, -10.0, -6.0, -1e-30, 0.0, 1e-30, 1.0, 6.0, 90.0, 3e38]).to(r.dtype)
+    for tanh in (True, False):
+        yield "gelu", (edges[1:-1], tanh)
+        yield "gelu_backward", (torch.ones_like(edges[1:-1]), edges[1:-1], tanh)
+    yield "silu_mul", (torch.cat((edges, torch.ones_like(edges))),)
+    yield "silu_mul_backward", (torch.ones_like(edges), torch.cat((edges, torch.ones_like(edges))))
+
+
+def rope(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for tokens, heads, dim in ((1, 1, 2), (5, 3, 8), (7, 2, 72), (9, 4, 128)):
+        x, cos, sin = r(tokens, heads, dim), r.fp32(tokens, dim // 2), r.fp32(tokens, dim // 2)
+        yield "rope_2d", (x, cos, sin)
+        yield "rope_2d", (r(tokens, 3 * heads, dim)[:, heads : 2 * heads], cos, sin)
+        yield "rope_2d", (r(dim, heads, tokens).permute(2, 1, 0), cos, sin)
+        yield "rope_2d_backward", (x, cos, sin)
+        sections = [dim // 2 - 2 * (dim // 6), dim // 6, dim // 6]
+        yield "mrope", (x, r.positions(tokens), sections, 1e6)
+        yield "mrope_backward", (r(heads, tokens, dim).transpose(0, 1), r.positions(tokens), sections, 1e4)
+        for q_heads, kv_heads in ((heads, 1), (2 * heads, 2)):
+            qkv = r(tokens, 2 * (q_heads + 2 * kv_heads) * dim)[:, : (q_heads + 2 * kv_heads) * dim]
+            shared = (qkv, r(dim), r(dim), r.positions(tokens), sections, 1e6, 1e-6, kv_heads)
+            yield "qk_norm_mrope", shared
+            grads = r(tokens, q_heads, dim), r(tokens, kv_heads, dim)
+            yield "qk_norm_mrope_backward", (*grads, *shared)
+
+
+def kv_cache(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for tokens, kv_heads, dim in ((1, 1, 2), (6, 2, 72), (11, 3, 128)):
+        k_cache, v_cache = r(5, kv_heads, 4, dim), r(5, kv_heads, 4, dim)
+        slots = torch.randperm(20, generator=r.generator)[:tokens]
+        slots[tokens // 2] = -1
+        qkv = r(tokens, (4 + 2 * kv_heads) * dim)
+        k, v = qkv.view(tokens, -1, dim)[:, 4:].chunk(2, dim=1)
+        yield "append_kv", (k, v, k_cache, v_cache, slots)
+        yield "append_kv", (r(dim, kv_heads, tokens).permute(2, 1, 0), v, k_cache, v_cache, slots)
+        sections = [dim // 2 - 2 * (dim // 6), dim // 6, dim // 6]
+        positions = r.positions(tokens)
+        yield "qk_norm_mrope_append", (
+            qkv, r(dim), r(dim), positions, k_cache, v_cache, slots, sections, 1e6, 1e-6,
+        )  # fmt: skip
+        yield "copy_blocks", (k_cache, v_cache, torch.tensor([[0, 3], [0, 4], [2, 1]]))
+        yield "copy_blocks", (k_cache, v_cache, torch.empty((0, 2), dtype=torch.int64))
+
+
+FAMILIES: tuple[Callable[[Random], Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
+    norm, activation, rope, kv_cache,
+)  # fmt: skip
+
+
+def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+
+
+def results(name: str, call: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """What a call returns and what it changed."""
+    op = ops.OPS[name]
+    if op.mutates:
+        args = copied(args)
+    returned = call(*args)
+    found = [] if returned is None else list(returned) if isinstance(returned, tuple) else [returned]
+    return found + [args[op.parameters.index(parameter)] for parameter in op.mutates]
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    difference = (found.double() - truth).abs()
+    # Where both are the same infinity the difference is NaN; a NaN on one side only must count.
+    same = (found.double() == truth) | (found.isnan() & truth.isnan())
+    difference = torch.where(same, torch.zeros_like(difference), difference)
+    return float("inf") if difference.isnan().any() else float(difference.max()) if difference.numel() else 0.0
+
+
+def failures(name: str, args: tuple[Any, ...]) -> Iterator[str]:
+    reference = ops.OPS[name].reference
+    truths = results(name, reference, widened(args))
+    eager = results(name, reference, args)
+    with ops.use_backends("cpp"):
+        found = results(name, ops.OPS[name], args)
+    for index, (mine, theirs, truth) in enumerate(zip(found, eager, truths, strict=True)):
+        if mine.dtype != theirs.dtype or mine.shape != theirs.shape or not mine.is_contiguous():
+            yield f"{name}[{index}] is {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} {tuple(theirs.shape)}"
+            continue
+        largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+        allowed = max(2 * error(theirs, truth), 4 * torch.finfo(mine.dtype).eps * largest)
+        if not error(mine, truth) <= allowed:
+            shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
+            yield f"{name}[{index}] {mine.dtype} {shapes}: error {error(mine, truth):.3g}, allowed {allowed:.3g}"
+
+
+def main() -> int:
+    isa = torch.ops.kvkeye_cpu.cpu_isa() if _library.native("cpp").path else "absent"
+    broken: list[str] = []
+    count, names = 0, set()
+    for dtype in DTYPES:
+        random = Random(torch.Generator().manual_seed(0), dtype)
+        for family in FAMILIES:
+            for name, args in family(random):
+                broken += failures(name, args)
+                names.add(name)
+                count += 1
+    print(f"{isa}: {count} calls of {len(names)} ops, {len(broken)} failures")
+    print("\n".join(broken))
+    return 1 if broken or isa == "absent" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
