@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from blake3 import blake3
 
@@ -24,7 +25,7 @@ def patchify(groups: Sequence[Frame], patch_size: int, mean: Sequence[float], st
     start = 0
     for group, count in zip(groups, counts):
         t, height, width, _ = group.shape
-        x = torch.from_numpy(group).float().div_(255).sub_(shift).div_(scale)
+        x = torch.from_numpy(np.require(group, requirements=["C", "W"])).float().div_(255).sub_(shift).div_(scale)
         x = x.view(t, height // patch_size, patch_size, width // patch_size, patch_size, 3)
         x = x.permute(0, 1, 3, 5, 2, 4)  # [t, gh, gw, 3, patch, patch]
         out[start : start + count].view(x.shape).copy_(x)

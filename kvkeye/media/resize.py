@@ -68,6 +68,12 @@ def _fit(
     return rows, columns
 
 
+def as_tensor(frame: Frame) -> torch.Tensor:
+    """uint8 [1, 3, height, width]; shares memory where the array allows it."""
+    array = np.require(frame, requirements=["C", "W"])
+    return torch.from_numpy(array).permute(2, 0, 1)[None]
+
+
 def resize_image(frame: Frame, size: tuple[int, int], resample: int = BICUBIC) -> Frame:
     """Pillow's antialiased resampling of one picture (horizontal pass first in versions below 13)."""
     if frame.shape[:2] == size:
@@ -80,6 +86,6 @@ def resize_frame(frame: Frame, size: tuple[int, int], mode: str) -> Frame:
     """The rule for clips: antialiased `bilinear` or `bicubic` in fp32, rounded and clamped to uint8."""
     if frame.shape[:2] == size:
         return frame
-    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()  # [1, 3, height, width]
+    x = as_tensor(frame).float()
     y = interpolate(x, size=size, mode=mode, antialias=True, align_corners=False)
     return np.ascontiguousarray(y[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
