@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvkeye.engine import AsyncEngine, EngineConfig, LLM, RequestOutput, SamplingParams
+    from kvkeye.engine import LLM, AsyncEngine, EngineConfig, RequestOutput, SamplingParams
     from kvkeye.errors import KvkeyeError
 
 _PUBLIC = {
@@ -24,7 +24,15 @@ _PUBLIC = {
     "RequestOutput": "kvkeye.engine",
     "SamplingParams": "kvkeye.engine",
 }
-__all__ = ["AsyncEngine", "EngineConfig", "KvkeyeError", "LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "EngineConfig",
+    "KvkeyeError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 logging.getLogger("kvkeye").addHandler(logging.NullHandler())
 

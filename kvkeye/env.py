@@ -29,7 +29,9 @@ class Variable(Generic[T]):
         try:
             return self.parse(text.strip())
         except ValueError as error:
-            raise EnvError(f"{self.name}={text!r}: {error}. Meaning: {self.meaning}. Unset it for the default.") from None
+            raise EnvError(
+                f"{self.name}={text!r}: {error}. Meaning: {self.meaning}. Unset it for the default."
+            ) from None
 
 
 def one_of(*names: str) -> Callable[[str], str]:
@@ -46,7 +48,10 @@ def text(value: str) -> str:
 
 
 BACKENDS = Variable(
-    "KVKEYE_BACKENDS", text, "", "order of op implementations, e.g. 'cpp,eager' or 'attention=eager;*=cpp,eager'"
+    "KVKEYE_BACKENDS",
+    text,
+    "",
+    "order of op implementations, e.g. 'cpp,eager' or 'attention=eager;*=cpp,eager'",
 )
 CPU_ISA = Variable(
     "KVKEYE_CPU_ISA",

@@ -4,8 +4,9 @@ An op without a gradient raises when one is asked for, because PyTorch would onl
 implementation leak the gradient of whatever it ran.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvkeye.ops._op import Op
+
+
+_AUTOGRAD_KEYS = ("AutogradOther", "AutogradCPU", "AutogradCUDA")
 
 
 def register(lib: torch.library.Library, op: "Op") -> None:
@@ -103,26 +107,22 @@ def _backward_schema(op: "Op", grads: Sequence[str], gradients: Sequence[str], o
     return f"({', '.join(parts)}) -> {result}"
 
 
-def _differentiate_body(
-    op: "Op", gradients: Sequence[str], upstream: Sequence[Tensor], inputs: list[Any]
-) -> Any:
+def _differentiate_body(op: "Op", gradients: Sequence[str], upstream: Sequence[Tensor], inputs: list[Any]) -> Any:
     positions = [op.parameters.index(g) for g in gradients]
-    dtypes = [inputs[i].dtype for i in positions]
     # Widened first: the sums of a gradient are held in fp32 (or fp64) whatever the working dtype.
-    inputs = [wide(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in inputs]
-    with torch.enable_grad():
-        for i in positions:
-            inputs[i] = inputs[i].detach().requires_grad_()
-        result = op.reference(*inputs)
-        results = result if isinstance(result, tuple) else (result,)
-        pairs = [(r, g.to(r.dtype)) for r, g in zip(results, upstream) if r.requires_grad]
-        found = torch.autograd.grad(
-            [r for r, _ in pairs], [inputs[i] for i in positions], [g for _, g in pairs], allow_unused=True
-        )
-    out = tuple(
-        torch.zeros_like(inputs[i], dtype=d) if g is None else g.to(d)
-        for g, i, d in zip(found, positions, dtypes)
-    )
+    given = [wide(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in inputs]
+
+    def body(*differentiated: Tensor) -> Any:
+        for position, value in zip(positions, differentiated):
+            given[position] = value
+        return op.reference(*given)
+
+    # torch.func brings its own autograd: the ordinary one is switched off inside a kernel.
+    result, pull = torch.func.vjp(body, *(given[p] for p in positions))
+    results = result if isinstance(result, tuple) else (result,)
+    cotangents = tuple(g.to(r.dtype) for r, g in zip(results, upstream))
+    found = pull(cotangents if isinstance(result, tuple) else cotangents[0])
+    out = tuple(g.to(inputs[p].dtype) for g, p in zip(found, positions))
     return out[0] if len(out) == 1 else out
 
 

@@ -42,9 +42,7 @@ def native(name: str) -> Native:
     """Loads the library of `cpp` or `cuda` once."""
     path = _PACKAGE / f"lib{_NAMESPACE[name]}.so"
     if not path.is_file():
-        why = build_info().get(
-            f"{name}_reason", "it was not built; reinstall kvkeye with a C++ compiler at hand"
-        )
+        why = build_info().get(f"{name}_reason", "it was not built; reinstall kvkeye with a C++ compiler at hand")
         return Native(None, f"{path.name} is absent: {why}")
     if name == "cuda":
         if not torch.cuda.is_available():
@@ -94,10 +92,7 @@ def native_op(name: str, op: str) -> Callable[..., Any]:
 def triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'kvkeye[triton]')"
-    if (
-        "kvkeye.triton_kernels" not in sys.modules
-        and importlib.util.find_spec("kvkeye.triton_kernels") is None
-    ):
+    if "kvkeye.triton_kernels" not in sys.modules and importlib.util.find_spec("kvkeye.triton_kernels") is None:
         return "kvkeye.triton_kernels is not importable; install the package (pip install -e .)"
     return None
 

@@ -14,7 +14,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -207,22 +207,30 @@ class Op:
         return self.backward
 
 
+@overload
+def op(function: Callable[..., Any]) -> Op: ...
+
+
+@overload
+def op(*, mutates: Sequence[str] = (), requires: Reasons | None = None) -> Callable[[Callable[..., Any]], Op]: ...
+
+
 def op(
     function: Callable[..., Any] | None = None,
     *,
     mutates: Sequence[str] = (),
     requires: Reasons | None = None,
-) -> Any:
+) -> Op | Callable[[Callable[..., Any]], Op]:
     """Declares a torch op from a typed function whose docstring is the contract and whose body is the reference."""
     if function is None:
-        return functools.partial(op, mutates=mutates, requires=requires)
+        return lambda f: declare(
+            f, torch.library.infer_schema(f, mutates_args=tuple(mutates)), tuple(mutates), requires
+        )
     schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
     return declare(function, schema, tuple(mutates), requires)
 
 
-def declare(
-    function: Callable[..., Any], schema: str, mutates: tuple[str, ...], requires: Reasons | None
-) -> Op:
+def declare(function: Callable[..., Any], schema: str, mutates: tuple[str, ...], requires: Reasons | None) -> Op:
     """Defines `kvkeye::<function name>` with this schema and body."""
     name = function.__name__
     parameters = tuple(inspect.signature(function).parameters)

@@ -1,5 +1,6 @@
 """Activations of the feed-forward layers."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -46,7 +47,12 @@ def gelu(x: Tensor, tanh: bool) -> Tensor:
     Errors     -
     Source     Hendrycks and Gimpel 2016
     """
-    return torch.nn.functional.gelu(wide(x), approximate="tanh" if tanh else "none").to(x.dtype)
+    value = wide(x)
+    if tanh:
+        gate = torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))
+    else:
+        gate = torch.erf(value * math.sqrt(0.5))
+    return (0.5 * value * (1 + gate)).to(x.dtype)
 
 
 gelu.implement("cpp")

@@ -1,5 +1,6 @@
 """Attention: over packed sequences, over a paged cache, and the merging of partial results."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Optional
@@ -11,9 +12,7 @@ from kvkeye.ops._autograd import wide
 from kvkeye.ops._op import op
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], scale: float
-) -> tuple[Tensor, Tensor]:  # noqa: UP045
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Optional[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention. q [S, Hq, D], k and v [L, Hkv, D], allowed [S, L] or None -> o [S, Hq, D], lse [S, Hq]."""
     group = q.shape[1] // k.shape[1]
     keys = wide(k).repeat_interleave(group, dim=1)  # [L, Hq, D]
@@ -30,13 +29,7 @@ def _attend(
 def _packed_fits(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, softmax_scale: float
 ) -> Iterator[str]:
-    if (
-        q.dim() != 3
-        or k.dim() != 3
-        or k.shape != v.shape
-        or q.shape[0] != k.shape[0]
-        or q.shape[2] != k.shape[2]
-    ):
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         yield f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected [T, Hq, D] and twice [T, Hkv, D]"
     elif k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         yield f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} KV heads"
@@ -65,7 +58,7 @@ def varlen_attention(
     """
     out, lses = [], []
     bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:]):
+    for start, stop in itertools.pairwise(bounds):
         length = stop - start
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if causal else None
         o, lse = _attend(q[start:stop], k[start:stop], v[start:stop], mask, softmax_scale)
@@ -92,7 +85,7 @@ varlen_attention_backward.implement("triton", "attention:varlen_attention_backwa
 
 def _paged_fits(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor,
-    tree_mask: Optional[Tensor], softmax_scale: float,  # noqa: UP045
+    tree_mask: Optional[Tensor], softmax_scale: float,
 ) -> Iterator[str]:  # fmt: skip
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         yield f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; expected twice [N, Hkv, P, D]"
@@ -121,7 +114,7 @@ def paged_attention(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
-    tree_mask: Optional[Tensor],  # noqa: UP045
+    tree_mask: Optional[Tensor],
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens of each sequence over its paged keys and values.
@@ -155,7 +148,7 @@ def paged_attention(
     return o, lse
 
 
-def _visible(rows: int, length: int, bits: Optional[Tensor], device: torch.device) -> Tensor:  # noqa: UP045
+def _visible(rows: int, length: int, bits: Optional[Tensor], device: torch.device) -> Tensor:
     """[rows, length]: which positions each row sees."""
     position = torch.arange(length, device=device)
     own = torch.arange(length - rows, length, device=device)
@@ -174,7 +167,7 @@ def _(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
-    tree_mask: Optional[Tensor],  # noqa: UP045
+    tree_mask: Optional[Tensor],
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), wide(q).new_empty(q.shape[:2])

@@ -24,9 +24,7 @@ def _write(cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
     cache[slots // block_size, :, slots % block_size] = rows[valid].to(cache.dtype)
 
 
-def _append_fits(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-) -> Iterator[str]:
+def _append_fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Iterator[str]:
     yield from _caches_fit(k_cache, v_cache)
     expected = (slot_mapping.shape[0], k_cache.shape[1], k_cache.shape[-1])
     if tuple(k.shape) != expected or tuple(v.shape) != expected:
@@ -105,7 +103,7 @@ def qk_norm_mrope_append(
     Source     as qk_norm_mrope
     """
     head_dim, num_kv_heads = k_cache.shape[-1], k_cache.shape[1]
-    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, Hq + 2 Hkv, D]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, Hq + 2 Hkv, D]
     q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
     _write(k_cache, normed_and_rotated(k, k_weight, positions, sections, theta, eps), slot_mapping)
     _write(v_cache, v, slot_mapping)

@@ -10,7 +10,7 @@ from kvkeye.ops._autograd import wide
 from kvkeye.ops._op import op
 
 
-def _factors_fit(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Iterator[str]:  # noqa: UP045
+def _factors_fit(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Iterator[str]:
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         yield f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected [..., K] and [O, K]"
     elif bias is not None and bias.shape != weight.shape[:1]:
@@ -20,7 +20,7 @@ def _factors_fit(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Iterator[
 
 
 @op(requires=_factors_fit)
-def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """y = x W^T + b.
 
     Shapes     x [..., K]  weight [O, K]  bias [O] or None
@@ -32,7 +32,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor: 
     Errors     ValueError on shape or dtype disagreement
     Source     -
     """
-    return torch.nn.functional.linear(x, weight, bias)
+    # In fp32: torch's own bf16 product fails on CPUs whose AMX tiles the system withholds.
+    return torch.nn.functional.linear(wide(x), wide(weight), None if bias is None else wide(bias)).to(x.dtype)
 
 
 @op
@@ -40,7 +41,7 @@ def packed_linear_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of packed_linear.
 
@@ -50,7 +51,9 @@ def packed_linear_backward(
     """
     rows, inputs = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])  # [M, O], [M, K]
     grad_bias = x.new_empty(0) if bias is None else wide(rows).sum(0).to(x.dtype)
-    return torch.matmul(grad, weight), rows.T @ inputs, grad_bias
+    grad_x = torch.matmul(wide(grad), wide(weight))
+    grad_weight = wide(rows).T @ wide(inputs)
+    return grad_x.to(x.dtype), grad_weight.to(x.dtype), grad_bias
 
 
 packed_linear.implement("cpp")

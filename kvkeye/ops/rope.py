@@ -16,15 +16,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def _sectioned(
-    positions: Tensor, sections: list[int], theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _sectioned(positions: Tensor, sections: list[int], theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D/2] of sectioned positions [3, T]."""
     half = sum(sections)
     exponent = torch.arange(half, device=positions.device, dtype=torch.float64) / half
-    frequency = torch.pow(torch.tensor(theta, dtype=torch.float64, device=positions.device), -exponent).to(
-        dtype
-    )
+    frequency = torch.pow(torch.tensor(theta, dtype=torch.float64, device=positions.device), -exponent).to(dtype)
     axis = torch.repeat_interleave(
         torch.arange(3, device=positions.device),
         torch.tensor(sections, device=positions.device),
@@ -163,7 +159,7 @@ def qk_norm_mrope(
     Source     Qwen3 technical report, section 2; Wang et al. 2024
     """
     head_dim = q_weight.shape[-1]
-    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, Hq + 2 Hkv, D]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, Hq + 2 Hkv, D]
     num_q_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, _ = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
     return (

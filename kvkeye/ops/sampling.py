@@ -20,7 +20,7 @@ _PER_ROW = {
 def _rows_fit(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, repetition: Tensor,
     presence: Tensor, frequency: Tensor, history: Tensor, cu_history: Tensor, num_prompt: Tensor, seeds: Tensor,
-    positions: Tensor, sample_index: Tensor, mask: Optional[Tensor],  # noqa: UP045
+    positions: Tensor, sample_index: Tensor, mask: Optional[Tensor],
 ) -> Iterator[str]:  # fmt: skip
     if logits.dim() != 2 or logits.shape[1] == 0:
         yield f"logits is {tuple(logits.shape)}; expected [B, V]"
@@ -55,7 +55,7 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
     sample_index: Tensor,
-    mask: Optional[Tensor],  # noqa: UP045
+    mask: Optional[Tensor],
 ) -> Tensor:
     """Draws one token per row; a row's draw does not depend on the other rows.
 
@@ -81,9 +81,7 @@ def sample(
         if mask is not None:
             row = row.masked_fill(~_allowed(mask[b], row.shape[0]), -math.inf)
         past = history[bounds[b] : bounds[b + 1]].long()
-        row = _penalised(
-            row, past, int(num_prompt[b]), float(repetition[b]), float(presence[b]), float(frequency[b])
-        )
+        row = _penalised(row, past, int(num_prompt[b]), float(repetition[b]), float(presence[b]), float(frequency[b]))
         u = philox.uniform(int(seeds[b]), int(positions[b]), philox.SAMPLE, int(sample_index[b]))
         rows.append(_draw(row, float(temperature[b]), int(top_k[b]), float(top_p[b]), float(min_p[b]), u))
     return torch.tensor(rows, dtype=torch.int64, device=logits.device)
@@ -105,7 +103,7 @@ def _(
     seeds: Tensor,
     positions: Tensor,
     sample_index: Tensor,
-    mask: Optional[Tensor],  # noqa: UP045
+    mask: Optional[Tensor],
 ) -> Tensor:
     return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
 

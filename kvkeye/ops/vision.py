@@ -43,12 +43,8 @@ def interpolate_position(table: Tensor, grid_thw: list[int]) -> Tensor:
     image = wide(table).permute(2, 0, 1)[None]  # [1, d, n, n]
     rows = []
     for t, height, width in triples(grid_thw):
-        resized = torch.nn.functional.interpolate(
-            image, size=(height, width), mode="bilinear", align_corners=False
-        )
-        rows.append(
-            resized[0].permute(1, 2, 0).reshape(height * width, -1).repeat(t, 1)
-        )  # [t rows columns, d]
+        resized = torch.nn.functional.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
+        rows.append(resized[0].permute(1, 2, 0).reshape(height * width, -1).repeat(t, 1))  # [t rows columns, d]
     return torch.cat(rows).to(table.dtype) if rows else table.new_empty((0, table.shape[-1]))
 
 

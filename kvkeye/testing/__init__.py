@@ -1,0 +1,1 @@
+"""Case tables, comparers and small random models: what tests and benchmarks share."""

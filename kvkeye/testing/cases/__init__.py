@@ -1,0 +1,1 @@
+"""The case tables, one module per op family."""

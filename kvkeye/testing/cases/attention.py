@@ -1,0 +1,93 @@
+"""Cases of the attention family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kvkeye.testing.case import Bad, Case, Cost, Sample, cases
+
+
+def _packed(sample: Sample, lengths: list[int], num_q_heads: int, num_kv_heads: int, dim: int) -> tuple[Any, ...]:
+    tokens = sum(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = (sample(tokens, heads, dim) for heads in (num_q_heads, num_kv_heads, num_kv_heads))
+    return q, k, v, sample.tensor(bounds.tolist(), torch.int32), max(lengths, default=0)
+
+
+@cases("varlen_attention")
+def _(sample: Sample) -> Iterator[Case | Bad]:
+    shapes: tuple[tuple[list[int], int, int, int], ...] = (
+        ([1], 1, 1, 8), ([5, 3], 2, 1, 72), ([0, 7, 1, 0], 2, 2, 128), ([70, 20], 4, 2, 72), ([33], 4, 1, 128),
+    )  # fmt: skip
+    for lengths, num_q_heads, num_kv_heads, dim in shapes:
+        for causal in (False, True):
+            args = (*_packed(sample, lengths, num_q_heads, num_kv_heads, dim), causal, dim**-0.5)
+            yield Case(f"{lengths}_{num_q_heads}q{num_kv_heads}kv_D{dim}_{'causal' if causal else 'full'}", args)
+    for dim, heads, causal in ((72, 16, False), (128, 16, True)):
+        flops = 4 * heads * dim * 1024 * 1024 // (2 if causal else 1)
+        cost = Cost(bytes=4 * 1024 * heads * dim * sample.itemsize, flops=flops)
+        args = (*_packed(sample, [1024], heads, heads, dim), causal, dim**-0.5)
+        yield Case(f"1024_{heads}h_D{dim}", args, cost, small=False, bench=True)
+    q, k, v, bounds, longest = _packed(sample, [4], 2, 2, 8)
+    yield Bad("shapes", (q, k[:3], v, bounds, longest, True, 1.0), "expected [T, Hq, D]")
+    yield Bad("heads", (sample(4, 3, 8), k, v, bounds, longest, True, 1.0), "not a multiple of 2 KV heads")
+    yield Bad("dtype", (q, k.double(), v, bounds, longest, True, 1.0), "one dtype is required")
+    yield Bad("bounds", (q, k, v, bounds.long(), longest, True, 1.0), "expected int32 [B + 1]")
+
+
+def _paged(
+    sample: Sample, context: list[int], rows: list[int], heads: tuple[int, int], block_size: int, dim: int
+) -> tuple[Any, ...]:
+    needed = [-(-length // block_size) for length in context]
+    num_blocks = sum(needed) + 2
+    width = max(max(needed), 1)
+    order = sample.permutation(num_blocks)
+    table = torch.full((len(context), width), -1, dtype=torch.int32)
+    taken = 0
+    for b, count in enumerate(needed):
+        table[b, :count] = order[taken : taken + count].int()
+        taken += count
+    cache = sample(num_blocks, heads[1], block_size, dim)
+    bounds = torch.tensor([0, *rows]).cumsum(0).tolist()
+    return (
+        sample(sum(rows), heads[0], dim), cache, sample(*cache.shape), table.to(sample.device),
+        sample.tensor(bounds, torch.int32), sample.tensor(context, torch.int32),
+    )  # fmt: skip
+
+
+@cases("paged_attention")
+def _(sample: Sample) -> Iterator[Case | Bad]:
+    yield Case("decode", (*_paged(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5))
+    yield Case("prefill", (*_paged(sample, [5, 40], [5, 17], (4, 2), 16, 72), None, 72**-0.5))
+    yield Case("mixed", (*_paged(sample, [33, 64, 6], [1, 64, 3], (4, 1), 32, 128), None, 0.1))
+    yield Case("idle_row", (*_paged(sample, [0, 3], [0, 1], (2, 2), 4, 8), None, 0.3))
+    args = _paged(sample, [12, 5], [4, 3], (2, 1), 8, 128)
+    # Two branches under a root, and a chain.
+    mask = sample.tensor([0b0001, 0b0011, 0b0101, 0b1011, 0b001, 0b011, 0b111], torch.int64)
+    yield Case("tree", (*args, mask, 128**-0.5))
+    yield Case("splits", (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5), small=False)
+    cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)
+    args = _paged(sample, [4096], [1], (32, 8), 32, 128)
+    yield Case("decode_4096_32q8kv", (*args, None, 128**-0.5), cost, small=False, bench=True)
+    q, k, v, table, bounds, context = _paged(sample, [3], [1], (2, 1), 4, 8)
+    yield Bad("caches", (q, k, v[:1], table, bounds, context, None, 1.0), "expected twice [N, Hkv, P, D]")
+    yield Bad("heads", (q[..., :4], k, v, table, bounds, context, None, 1.0), "Hq a multiple of")
+    yield Bad("dtype", (q.double(), k, v, table, bounds, context, None, 1.0), "one dtype is required")
+    yield Bad("table", (q, k, v, table.long(), bounds, context, None, 1.0), "block_table is")
+    yield Bad("mask", (q, k, v, table, bounds, context, table[0], 1.0), "expected int64 [1]")
+
+
+@cases("merge_attention_states")
+def _(sample: Sample) -> Iterator[Case | Bad]:
+    for tokens, heads, dim in ((1, 1, 8), (5, 3, 72), (4, 2, 128)):
+        lse_a, lse_b = sample.fp32(tokens, heads, scale=8.0), sample.fp32(tokens, heads, scale=8.0)
+        states = (sample(tokens, heads, dim), lse_a, sample(tokens, heads, dim), lse_b)
+        yield Case(f"T{tokens}_H{heads}_D{dim}", states)
+    o_a, lse_a, o_b, lse_b = sample(1024, 32, 128), sample.fp32(1024, 32), sample(1024, 32, 128), sample.fp32(1024, 32)
+    cost = Cost(bytes=3 * o_a.numel() * sample.itemsize)
+    yield Case("T1024_H32_D128", (o_a, lse_a, o_b, lse_b), cost, small=False, bench=True)
+    yield Bad("shapes", (o_a, lse_a, o_b[:3], lse_b), "expected twice [T, H, D]")
+    yield Bad("lse", (o_a, lse_a[:3], o_b, lse_b), "expected twice [1024, 32]")
