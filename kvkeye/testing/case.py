@@ -26,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """A call that must work. `small` rows also run in Triton's interpreter; `bench` rows are worth timing."""
+    """A call that must work. Rows that are not `small` are left to compiled code; `bench` rows are worth timing."""
 
     id: str
     args: tuple[Any, ...]
@@ -47,10 +47,13 @@ class Bad:
 
 
 class Sample:
-    """Makes the tensors of a case: seeded, in one working dtype, on one device."""
+    """Makes the tensors of a case: seeded, in one working dtype, on one device.
 
-    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
-        self.dtype, self.device = dtype, device
+    `big` asks for the rows of real size too: those worth timing, which take seconds to make.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0, big: bool = False) -> None:
+        self.dtype, self.device, self.big = dtype, device, big
         self._generator = torch.Generator().manual_seed(seed)
 
     @property

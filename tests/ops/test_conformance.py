@@ -67,8 +67,9 @@ def run_rows(op: Op, implementation: str, dtype: str, body: Callable[[Case, str]
     """Runs `body` for every case that the implementation accepts; returns how many there were."""
     accepted = 0
     for device in DEVICES:
-        for case in good(op.name, Sample(DTYPES[dtype], device)):
-            if (only_small or implementation != "cpp") and device == "cpu" and not case.small:
+        big = not only_small and (implementation == "cpp" or device == "cuda")
+        for case in good(op.name, Sample(DTYPES[dtype], device, big=big)):
+            if implementation == "triton" and device == "cpu" and not case.small:
                 continue
             if not accepts(op, implementation, case.args):
                 sentences = ops.OPS[op.name].implementations[implementation].reasons

@@ -26,11 +26,12 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         for causal in (False, True):
             args = (*_packed(sample, lengths, num_q_heads, num_kv_heads, dim), causal, dim**-0.5)
             yield Case(f"{lengths}_{num_q_heads}q{num_kv_heads}kv_D{dim}_{'causal' if causal else 'full'}", args)
-    for dim, heads, causal in ((72, 16, False), (128, 16, True)):
-        flops = 4 * heads * dim * 1024 * 1024 // (2 if causal else 1)
-        cost = Cost(bytes=4 * 1024 * heads * dim * sample.itemsize, flops=flops)
-        args = (*_packed(sample, [1024], heads, heads, dim), causal, dim**-0.5)
-        yield Case(f"1024_{heads}h_D{dim}", args, cost, small=False, bench=True)
+    if sample.big:
+        for dim, heads, causal in ((72, 16, False), (128, 16, True)):
+            flops = 4 * heads * dim * 1024 * 1024 // (2 if causal else 1)
+            cost = Cost(bytes=4 * 1024 * heads * dim * sample.itemsize, flops=flops)
+            args = (*_packed(sample, [1024], heads, heads, dim), causal, dim**-0.5)
+            yield Case(f"1024_{heads}h_D{dim}", args, cost, small=False, bench=True)
     q, k, v, bounds, longest = _packed(sample, [4], 2, 2, 8)
     yield Bad("shapes", (q, k[:3], v, bounds, longest, True, 1.0), "expected [T, Hq, D]")
     yield Bad("heads", (sample(4, 3, 8), k, v, bounds, longest, True, 1.0), "not a multiple of 2 KV heads")
@@ -69,9 +70,10 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     mask = sample.tensor([0b0001, 0b0011, 0b0101, 0b1011, 0b001, 0b011, 0b111], torch.int64)
     yield Case("tree", (*args, mask, 128**-0.5))
     yield Case("splits", (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5), small=False)
-    cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)
-    args = _paged(sample, [4096], [1], (32, 8), 32, 128)
-    yield Case("decode_4096_32q8kv", (*args, None, 128**-0.5), cost, small=False, bench=True)
+    if sample.big:
+        cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)
+        args = _paged(sample, [4096], [1], (32, 8), 32, 128)
+        yield Case("decode_4096_32q8kv", (*args, None, 128**-0.5), cost, small=False, bench=True)
     q, k, v, table, bounds, context = _paged(sample, [3], [1], (2, 1), 4, 8)
     yield Bad("caches", (q, k, v[:1], table, bounds, context, None, 1.0), "expected twice [N, Hkv, P, D]")
     yield Bad("heads", (q[..., :4], k, v, table, bounds, context, None, 1.0), "Hq a multiple of")
@@ -86,8 +88,15 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         lse_a, lse_b = sample.fp32(tokens, heads, scale=8.0), sample.fp32(tokens, heads, scale=8.0)
         states = (sample(tokens, heads, dim), lse_a, sample(tokens, heads, dim), lse_b)
         yield Case(f"T{tokens}_H{heads}_D{dim}", states)
-    o_a, lse_a, o_b, lse_b = sample(1024, 32, 128), sample.fp32(1024, 32), sample(1024, 32, 128), sample.fp32(1024, 32)
-    cost = Cost(bytes=3 * o_a.numel() * sample.itemsize)
-    yield Case("T1024_H32_D128", (o_a, lse_a, o_b, lse_b), cost, small=False, bench=True)
+    if sample.big:
+        o_a, lse_a, o_b, lse_b = (
+            sample(1024, 32, 128),
+            sample.fp32(1024, 32),
+            sample(1024, 32, 128),
+            sample.fp32(1024, 32),
+        )
+        cost = Cost(bytes=3 * o_a.numel() * sample.itemsize)
+        yield Case("T1024_H32_D128", (o_a, lse_a, o_b, lse_b), cost, small=False, bench=True)
+    o_a, lse_a, o_b, lse_b = sample(5, 2, 8), sample.fp32(5, 2), sample(5, 2, 8), sample.fp32(5, 2)
     yield Bad("shapes", (o_a, lse_a, o_b[:3], lse_b), "expected twice [T, H, D]")
-    yield Bad("lse", (o_a, lse_a[:3], o_b, lse_b), "expected twice [1024, 32]")
+    yield Bad("lse", (o_a, lse_a[:3], o_b, lse_b), "expected twice [5, 2]")

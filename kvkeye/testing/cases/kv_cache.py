@@ -24,11 +24,12 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         cache = sample(9, heads, block_size, dim)
         k, v = sample(tokens, heads, dim), sample(tokens, heads, dim)
         yield Case(f"T{tokens}_P{block_size}", (k, v, cache, cache * 2, _slots(sample, tokens, 9 * block_size)))
-    cache = sample(64, 8, 32, 128)
-    k, v = sample(1024, 8, 128), sample(1024, 8, 128)
-    cost = Cost(bytes=4 * k.numel() * sample.itemsize)
-    args = (k, v, cache, cache * 2, _slots(sample, 1024, 2048))
-    yield Case("T1024", args, cost, small=False, bench=True)
+    if sample.big:
+        cache = sample(64, 8, 32, 128)
+        k, v = sample(1024, 8, 128), sample(1024, 8, 128)
+        cost = Cost(bytes=4 * k.numel() * sample.itemsize)
+        args = (k, v, cache, cache * 2, _slots(sample, 1024, 2048))
+        yield Case("T1024", args, cost, small=False, bench=True)
     small, slots = sample(2, 1, 4, 8), sample.integers(0, 8, 3)
     k, v = sample(3, 1, 8), sample(3, 1, 8)
     yield Bad("caches", (k, v, small, small[:1], slots), "expected twice [N, Hkv, P, D]")
@@ -45,10 +46,11 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         slots = _slots(sample, tokens, 6 * block_size)
         args = (*_projection(sample, tokens, num_q_heads, num_kv_heads), cache, cache * 2, slots, _SECTIONS, 1e6, 1e-6)
         yield Case(f"T{tokens}_{num_q_heads}q_{num_kv_heads}kv", args)
-    cache = sample(64, 8, 32, 128)
-    cost = Cost(bytes=2 * 1024 * 48 * 128 * sample.itemsize)
-    args = (*_projection(sample, 1024, 32, 8), cache, cache * 2, _slots(sample, 1024, 2048), _SECTIONS, 1e6, 1e-6)
-    yield Case("T1024_32q_8kv", args, cost, small=False, bench=True)
+    if sample.big:
+        cache = sample(64, 8, 32, 128)
+        cost = Cost(bytes=2 * 1024 * 48 * 128 * sample.itemsize)
+        args = (*_projection(sample, 1024, 32, 8), cache, cache * 2, _slots(sample, 1024, 2048), _SECTIONS, 1e6, 1e-6)
+        yield Case("T1024_32q_8kv", args, cost, small=False, bench=True)
     qkv, weight, other, positions = _projection(sample, 3, 2, 1)
     cache, slots, rest = sample(2, 1, 4, 128), sample.integers(0, 8, 3), (_SECTIONS, 1e6, 1e-6)
     pair = (cache, cache * 2)
@@ -68,8 +70,11 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     for count in (0, 1, 3):
         cache = sample(8, 2, 4, 72)
         yield Case(f"{count}_pairs", (cache, cache * 2, sample.permutation(8)[: 2 * count].view(count, 2)))
-    cache = sample(256, 8, 32, 128)
-    cost = Cost(bytes=4 * 64 * 8 * 32 * 128 * sample.itemsize)
-    yield Case("64_pairs", (cache, cache * 2, sample.permutation(256)[:128].view(64, 2)), cost, small=False, bench=True)
+    if sample.big:
+        cache = sample(256, 8, 32, 128)
+        cost = Cost(bytes=4 * 64 * 8 * 32 * 128 * sample.itemsize)
+        yield Case(
+            "64_pairs", (cache, cache * 2, sample.permutation(256)[:128].view(64, 2)), cost, small=False, bench=True
+        )
     small = sample(2, 1, 4, 8)
     yield Bad("pairs", (small, small * 2, sample.integers(0, 2, 4)), "expected int64 [n, 2]")

@@ -9,15 +9,16 @@ from kvkeye.testing.case import Bad, Case, Cost, Sample, cases
 _SHAPES = ((1, 8), (3, 100), (7, 128), (2, 3, 144), (5, 1152))
 
 
-def _sizes() -> Iterator[tuple[str, tuple[int, ...], bool]]:
+def _sizes(sample: Sample) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     for shape in _SHAPES:
         yield "x".join(map(str, shape)), shape, False
-    yield "1024x4096", (1024, 4096), True
+    if sample.big:
+        yield "1024x4096", (1024, 4096), True
 
 
 @cases("rms_norm")
 def _(sample: Sample) -> Iterator[Case | Bad]:
-    for name, shape, big in _sizes():
+    for name, shape, big in _sizes(sample):
         x = sample(*shape)
         cost = Cost(bytes=2 * x.numel() * sample.itemsize, flops=4 * x.numel())
         yield Case(name, (x, sample(shape[-1]), 1e-6), cost, small=not big, bench=big)
@@ -30,7 +31,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
 
 @cases("add_rms_norm")
 def _(sample: Sample) -> Iterator[Case | Bad]:
-    for name, shape, big in _sizes():
+    for name, shape, big in _sizes(sample):
         x = sample(*shape)
         cost = Cost(bytes=4 * x.numel() * sample.itemsize, flops=5 * x.numel())
         yield Case(name, (x, sample(*shape), sample(shape[-1]), 1e-6), cost, small=not big, bench=big)
@@ -39,7 +40,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
 
 @cases("layer_norm")
 def _(sample: Sample) -> Iterator[Case | Bad]:
-    for name, shape, big in _sizes():
+    for name, shape, big in _sizes(sample):
         x = sample(*shape)
         cost = Cost(bytes=2 * x.numel() * sample.itemsize, flops=6 * x.numel())
         yield Case(name, (x, sample(shape[-1]), sample(shape[-1]), 1e-6), cost, small=not big, bench=big)
