@@ -21,15 +21,6 @@ template <class T> KVKEYE_INLINE void add_rows(const T* x, const T* residual, T*
   });
 }
 
-// A lane past the end of a row reads as zero; after the mean is subtracted it must be made zero again.
-KVKEYE_INLINE Vf keep(Vf value, int lanes) {
-  if (lanes == kLanes)
-    return value;
-  float lane[kLanes] = {};
-  store(lane, value, lanes);
-  return load(lane);
-}
-
 struct Moments {
   float mean, scale;
 };

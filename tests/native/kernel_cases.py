@@ -109,9 +109,40 @@ def kv_cache(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "copy_blocks", (k_cache, v_cache, torch.empty((0, 2), dtype=torch.int64))
 
 
-FAMILIES: tuple[Callable[[Random], Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
-    norm, activation, rope, kv_cache,
-)  # fmt: skip
+def vision(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for side, dim in ((1, 3), (4, 72), (7, 130)):
+        table = r(side, side, dim)
+        yield "interpolate_position", (table, GRIDS)
+        yield "interpolate_position", (r(dim, side, side).permute(1, 2, 0), [1, 1, 1])
+        yield "interpolate_position", (table, [])
+        yield "interpolate_position_backward", (r(PATCHES, dim), table, GRIDS)
+        x = r(PATCHES, 2 * dim)[:, dim:]
+        yield "merge_patches", (x, GRIDS, 2)
+        yield "merge_patches", (x, GRIDS, 1)
+        yield "merge_patches_backward", (r(PATCHES // 4, 4 * dim), GRIDS, 2)
+
+
+def attention_merge(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for tokens, heads, dim in ((1, 1, 1), (5, 3, 72), (4, 2, 128)):
+        lse_a, lse_b = r.fp32(tokens, heads) * 10, r.fp32(tokens, heads) * 10
+        lse_a[0, 0] = -torch.inf
+        lse_b[-1, -1] = -torch.inf
+        o_a, o_b = r(tokens, heads, dim), r(heads, tokens, dim).transpose(0, 1)
+        yield "merge_attention_states", (o_a, lse_a, o_b, lse_b)
+        grads = r(tokens, heads, dim), r.fp32(tokens, heads)
+        yield "merge_attention_states_backward", (*grads, o_a, lse_a, o_b, lse_b)
+
+
+def loss(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for size in (1, 5, 72, 40001):
+        logits = r(4, 2 * size, scale=5.0)[:, size:]
+        targets = torch.randint(0, size, (4,), generator=r.generator)
+        yield "token_logprobs", (logits, targets)
+        yield "token_logprobs", (logits - 1000, targets)
+        yield "token_logprobs_backward", (r.fp32(4), logits, targets)
+
+
+FAMILIES = (norm, activation, rope, kv_cache, vision, attention_merge, loss)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -205,6 +205,15 @@ KVKEYE_INLINE Vf exp(Vf x) {
   return x == x ? result : x;
 }
 
+// Lanes from `count` on made zero: a partial load reads zeros there, but arithmetic may have changed them.
+KVKEYE_INLINE Vf keep(Vf value, int count) {
+  if (count == kLanes)
+    return value;
+  float lane[kLanes] = {};
+  store(lane, value, count);
+  return load(lane);
+}
+
 // Calls body(offset, lanes) over [begin, end): whole vectors first, then the rest as a partial one.
 template <class Body> KVKEYE_INLINE void for_vectors(int64_t begin, int64_t end, Body body) {
   int64_t i = begin;
