@@ -1,23 +1,9 @@
 // The paged cache: tensors to Params to kernels. Slots and blocks are checked before the threads start.
-#include "kvkeye/kv_cache.h"
+#include "kv_cache.h"
 #include "rope.h"
 
 namespace kvkeye {
 namespace {
-
-struct Cache {
-  int64_t blocks, heads, block_size, dim;
-};
-
-Cache cache_of(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
-  const Argument keys{op, "k_cache", k_cache}, values{op, "v_cache", v_cache};
-  keys.has_dim(4, "[N, Hkv, P, D]");
-  values.has_shape_of("k_cache", k_cache);
-  values.has_dtype(k_cache.scalar_type());
-  require(k_cache.is_contiguous() && v_cache.is_contiguous(), op,
-          ": the caches must be contiguous, as they are written in place.");
-  return {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)};
-}
 
 Tensor slots_of(const char* op, const Tensor& slot_mapping, int64_t tokens, const Cache& cache) {
   const Argument argument{op, "slot_mapping", slot_mapping};
@@ -34,30 +20,11 @@ Tensor slots_of(const char* op, const Tensor& slot_mapping, int64_t tokens, cons
 
 void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& slot_mapping) {
-  const char* op = "append_kv";
-  const Cache cache = cache_of(op, k_cache, v_cache);
-  const int64_t tokens = slot_mapping.numel();
-  const Tensor slots = slots_of(op, slot_mapping, tokens, cache);
-  AppendKvParams params{};
-  const int64_t size = (int64_t)k_cache.element_size();
-  Tensor rows[2] = {k, v};
-  for (int side = 0; side < 2; ++side) {
-    const Argument argument{op, side == 0 ? "k" : "v", rows[side]};
-    argument.has_shape({tokens, cache.heads, cache.dim});
-    argument.has_dtype(k_cache.scalar_type());
-    if (rows[side].stride(2) != 1)
-      rows[side] = torch::stable::contiguous(rows[side]);
-    params.source[side] = read<char>(rows[side]);
-    params.cache[side] = write<char>(side == 0 ? k_cache : v_cache);
-    params.token_stride[side] = rows[side].stride(0) * size;
-    params.head_stride[side] = rows[side].stride(1) * size;
-  }
-  params.slot_mapping = read<int64_t>(slots);
-  params.heads = cache.heads;
-  params.block_size = cache.block_size;
-  params.row_bytes = cache.dim * size;
-  for_items(tokens, cache.heads * cache.dim,
-            [&](int64_t begin, int64_t end) { cpu::append_kv(params, begin, end); });
+  const Cache cache = cache_of("append_kv", k_cache, v_cache);
+  slots_of("append_kv", slot_mapping, slot_mapping.numel(), cache);
+  const Append append = append_of(k, v, k_cache, v_cache, slot_mapping);
+  for_items(append.tokens, cache.heads * cache.dim,
+            [&](int64_t begin, int64_t end) { cpu::append_kv(append.params, begin, end); });
 }
 
 Tensor qk_norm_mrope_append(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
@@ -89,22 +56,13 @@ Tensor qk_norm_mrope_append(const Tensor& qkv, const Tensor& q_weight, const Ten
 }
 
 void copy_blocks(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_pairs) {
-  const char* op = "copy_blocks";
-  const Cache cache = cache_of(op, k_cache, v_cache);
-  const Argument argument{op, "block_pairs", block_pairs};
-  argument.has_dtype(ScalarType::Long);
-  argument.has_dim(2, "[n, 2]");
-  argument.has_shape({block_pairs.size(0), 2});
-  const Tensor pairs = dense(block_pairs);
-  const int64_t* block = read<int64_t>(pairs);
-  for (int64_t i = 0; i < pairs.numel(); ++i)
-    require(block[i] >= 0 && block[i] < cache.blocks, op, ": block_pairs[", i / 2, "] names block ", block[i],
-            "; the cache has ", cache.blocks, " blocks.");
-  const int64_t block_floats = cache.heads * cache.block_size * cache.dim;
-  const CopyBlocksParams params{
-      {write<char>(k_cache), write<char>(v_cache)}, block, block_floats * (int64_t)k_cache.element_size()};
-  for_items(pairs.size(0), 2 * block_floats,
-            [&](int64_t begin, int64_t end) { cpu::copy_blocks(params, begin, end); });
+  const Copy copy = copy_of(k_cache, v_cache, block_pairs);
+  const int64_t* block = copy.params.block_pairs;
+  for (int64_t i = 0; i < 2 * copy.pairs; ++i)
+    require(block[i] >= 0 && block[i] < copy.params.blocks, "copy_blocks: block_pairs[", i / 2,
+            "] names block ", block[i], "; the cache has ", copy.params.blocks, " blocks.");
+  for_items(copy.pairs, copy.params.block_bytes / 2,
+            [&](int64_t begin, int64_t end) { cpu::copy_blocks(copy.params, begin, end); });
 }
 
 } // namespace

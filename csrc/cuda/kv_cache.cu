@@ -1,0 +1,92 @@
+// Writes into the paged cache on the GPU. Moves bytes, so one kernel serves every dtype.
+#include "kvkeye/kv_cache.h"
+
+#include <cuda_runtime.h>
+
+namespace kvkeye::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxGridY = 65535;
+
+template <class Word>
+__device__ void copy_words(const char* source, char* target, int64_t bytes, int64_t first, int64_t step) {
+  const Word* from = reinterpret_cast<const Word*>(source);
+  Word* to = reinterpret_cast<Word*>(target);
+  for (int64_t i = first; i < bytes / (int64_t)sizeof(Word); i += step)
+    to[i] = from[i];
+}
+
+// One block of threads per token; its rows, keys then values, are walked head by head.
+template <class Word> __global__ void append_kv_kernel(AppendKvParams p) {
+  const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
+  if (slot < 0)
+    return;
+  if (slot >= p.slots)
+    __trap();
+  const int64_t words = p.row_bytes / (int64_t)sizeof(Word), per_side = p.heads * words;
+  for (int64_t i = threadIdx.x; i < 2 * per_side; i += blockDim.x) {
+    const int side = i >= per_side;
+    const int64_t head = i % per_side / words, word = i % words;
+    const int64_t row = (slot / p.block_size * p.heads + head) * p.block_size + slot % p.block_size;
+    const char* source = p.source[side] + token * p.token_stride[side] + head * p.head_stride[side];
+    char* target = p.cache[side] + row * p.row_bytes;
+    reinterpret_cast<Word*>(target)[word] = reinterpret_cast<const Word*>(source)[word];
+  }
+}
+
+// Grid: pairs, parts of a block.
+template <class Word> __global__ void copy_blocks_kernel(CopyBlocksParams p) {
+  const int64_t source = p.block_pairs[2 * (int64_t)blockIdx.x],
+                target = p.block_pairs[2 * (int64_t)blockIdx.x + 1];
+  if (source < 0 || source >= p.blocks || target < 0 || target >= p.blocks)
+    __trap();
+  if (source == target)
+    return;
+  const int64_t first = (int64_t)blockIdx.y * blockDim.x + threadIdx.x,
+                step = (int64_t)gridDim.y * blockDim.x;
+  for (int side = 0; side < 2; ++side)
+    copy_words<Word>(p.cache[side] + source * p.block_bytes, p.cache[side] + target * p.block_bytes,
+                     p.block_bytes, first, step);
+}
+
+// Every address and stride of a copy must be a multiple of the word.
+template <class... Values> int64_t common_bits(Values... values) {
+  return (int64_t(values) | ...);
+}
+
+} // namespace
+
+int append_kv(const AppendKvParams& p, int64_t tokens, void* stream) {
+  if (tokens == 0 || p.heads * p.row_bytes == 0)
+    return cudaSuccess;
+  int64_t bits = p.row_bytes;
+  for (int side = 0; side < 2; ++side)
+    bits |= common_bits(p.source[side], p.cache[side], p.token_stride[side], p.head_stride[side]);
+  const auto launch = [&](auto kernel) {
+    kernel<<<(unsigned)tokens, kThreads, 0, (cudaStream_t)stream>>>(p);
+  };
+  if (bits % 16 == 0)
+    launch(append_kv_kernel<uint4>);
+  else if (bits % 4 == 0)
+    launch(append_kv_kernel<uint32_t>);
+  else
+    launch(append_kv_kernel<uint16_t>);
+  return cudaGetLastError();
+}
+
+int copy_blocks(const CopyBlocksParams& p, int64_t pairs, void* stream) {
+  if (pairs == 0 || p.block_bytes == 0)
+    return cudaSuccess;
+  const int64_t bits = common_bits(p.cache[0], p.cache[1], p.block_bytes);
+  const int64_t parts = p.block_bytes / (kThreads * 16) + 1;
+  const dim3 grid((unsigned)pairs, (unsigned)(parts < kMaxGridY ? parts : kMaxGridY));
+  const auto launch = [&](auto kernel) { kernel<<<grid, kThreads, 0, (cudaStream_t)stream>>>(p); };
+  if (bits % 16 == 0)
+    launch(copy_blocks_kernel<uint4>);
+  else
+    launch(copy_blocks_kernel<uint16_t>);
+  return cudaGetLastError();
+}
+
+} // namespace kvkeye::cuda
