@@ -4,9 +4,8 @@ An op without a gradient raises when one is asked for, because PyTorch would onl
 implementation leak the gradient of whatever it ran.
 """
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch

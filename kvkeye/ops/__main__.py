@@ -1,0 +1,64 @@
+"""`python -m kvkeye.ops [OP]`: the support table of this machine, with the reasons."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kvkeye.ops import OPS, Op
+from kvkeye.ops._policy import NAMES
+
+
+def _cell(op: Op, implementation: str) -> str:
+    if implementation == "eager":
+        return "yes"
+    found = op.implementations.get(implementation)
+    if found is None:
+        return "-"
+    return "no" if found.absent() else "yes"
+
+
+def support_rows() -> list[tuple[str, str, str, list[str]]]:
+    """(op, family, gradient, a cell per implementation) of every op that is not a backward."""
+    backward = {op.backward.name for op in OPS.values() if op.backward is not None}
+    return [
+        (op.name, op.family, "b" if op.backward else "", [_cell(op, name) for name in NAMES])
+        for op in OPS.values()
+        if op.name not in backward
+    ]
+
+
+def reasons() -> list[str]:
+    """Why cells say "no" here, each reason once with the ops it covers."""
+    found: dict[str, list[str]] = {}
+    for op in OPS.values():
+        for name, implementation in op.implementations.items():
+            if (reason := implementation.absent()) is not None:
+                found.setdefault(f"{name}: {reason}", []).append(op.name)
+    return [f"{reason}  [{_shortened(names)}]" for reason, names in found.items()]
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, or one op's contract and choice. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="kvkeye ops", description="which implementation runs where, and why not")
+    parser.add_argument("op", nargs="?", help="print this op's contract and the order in force")
+    name = parser.parse_args(argv).op
+    if name is not None:
+        if name not in OPS:
+            print(f"kvkeye ops: no op {name!r}; known: {', '.join(OPS)}", file=sys.stderr)
+            return 2
+        print(f"kvkeye::{name}{OPS[name].schema}\n\n{OPS[name].__doc__}\n\n{OPS[name].explain()}")
+        return 0
+    print(f"{'op':<26}{'family':<13}{'grad':<6}" + "".join(f"{n:<8}" for n in NAMES))
+    for op, family, gradient, cells in support_rows():
+        print(f"{op:<26}{family:<13}{gradient:<6}" + "".join(f"{c:<8}" for c in cells))
+    for line in reasons():
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
