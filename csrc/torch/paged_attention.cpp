@@ -1,0 +1,174 @@
+// Attention over a paged cache: tensors to Params to kernels.
+#include "heads.h"
+#include "kvkeye/attention.h"
+
+#include <optional>
+
+namespace kvkeye {
+namespace {
+
+constexpr const char* kOp = "paged_attention";
+// Splits run on their own, at the price of storing their partial results, while those stay this small (16
+// MiB).
+constexpr int64_t kPartialFloats = 4 << 20;
+constexpr int64_t kTreeRows = 64;
+
+// The batch on the host side.
+struct Batch {
+  Tensor block_table, cu_seqlens_q, context_lens;
+  int64_t sequences, max_blocks, max_splits;
+  const int32_t *blocks, *bounds, *contexts;
+
+  int64_t splits(int64_t b) const { return (contexts[b] + kSplitPositions - 1) / kSplitPositions; }
+};
+
+void check_sequence(const Batch& batch, int64_t b, int64_t num_blocks, int64_t block_size, bool tree) {
+  const int64_t context = batch.contexts[b], rows = batch.bounds[b + 1] - batch.bounds[b];
+  require(context >= 0 && context <= batch.max_blocks * block_size, kOp, ": context_lens[", b,
+          "] = ", context, "; expected 0 to ", batch.max_blocks * block_size, ", what ", batch.max_blocks,
+          " blocks of ", block_size, " hold.");
+  require(!tree || rows <= kTreeRows, kOp, ": sequence ", b, " has ", rows, " rows; with tree_mask at most ",
+          kTreeRows, " are allowed.");
+  for (int64_t i = 0; i < (context + block_size - 1) / block_size; ++i) {
+    const int32_t block = batch.blocks[b * batch.max_blocks + i];
+    require(block >= 0 && block < num_blocks, kOp, ": block_table[", b, ", ", i, "] = ", block,
+            "; expected 0 to ", num_blocks - 1, ".");
+  }
+}
+
+Batch check_batch(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
+                  const Tensor& cu_seqlens_q, const Tensor& context_lens, bool tree) {
+  const Argument table{kOp, "block_table", block_table}, contexts{kOp, "context_lens", context_lens};
+  table.has_dim(2, "[B, M]");
+  table.has_dtype(ScalarType::Int);
+  check_bounds({kOp, "cu_seqlens_q", cu_seqlens_q}, q.size(0));
+  contexts.has_shape({cu_seqlens_q.size(0) - 1});
+  contexts.has_dtype(ScalarType::Int);
+  Batch batch{
+      dense(block_table), dense(cu_seqlens_q), dense(context_lens), 0, 0, 1, nullptr, nullptr, nullptr};
+  batch.sequences = context_lens.size(0);
+  table.has_shape({batch.sequences, block_table.size(1)});
+  batch.max_blocks = block_table.size(1);
+  batch.blocks = read<int32_t>(batch.block_table);
+  batch.bounds = read<int32_t>(batch.cu_seqlens_q);
+  batch.contexts = read<int32_t>(batch.context_lens);
+  for (int64_t b = 0; b < batch.sequences; ++b) {
+    check_sequence(batch, b, k_cache.size(0), k_cache.size(2), tree);
+    batch.max_splits = std::max(batch.max_splits, batch.splits(b));
+  }
+  return batch;
+}
+
+std::vector<PagedSpan> spans_of(const Batch& batch, int64_t tokens_per_span, bool by_split) {
+  std::vector<PagedSpan> spans;
+  for (int64_t b = 0; b < batch.sequences; ++b) {
+    for (int64_t begin = batch.bounds[b]; begin < batch.bounds[b + 1]; begin += tokens_per_span) {
+      const int64_t end = std::min<int64_t>(begin + tokens_per_span, batch.bounds[b + 1]);
+      if (!by_split)
+        spans.push_back({begin, end, b, -1});
+      for (int64_t split = 0; by_split && split < batch.splits(b); ++split)
+        spans.push_back({begin, end, b, split});
+    }
+  }
+  return spans;
+}
+
+// The second pass where splits ran on their own.
+template <class T> void fold(const PagedAttentionParams<T>& attention, const Batch& batch, int64_t tokens) {
+  std::vector<int32_t> num_splits(tokens);
+  for (int64_t b = 0; b < batch.sequences; ++b)
+    std::fill(num_splits.begin() + batch.bounds[b], num_splits.begin() + batch.bounds[b + 1],
+              (int32_t)batch.splits(b));
+  FoldSplitsParams<T> params{};
+  params.partial_o = attention.partial_o;
+  params.partial_max = attention.partial_max;
+  params.partial_total = attention.partial_total;
+  params.num_splits = num_splits.data();
+  params.o = attention.o;
+  params.lse = attention.lse;
+  params.num_q_heads = attention.num_q_heads;
+  params.head_dim = attention.head_dim;
+  params.max_splits = attention.max_splits;
+  for_items_with_scratch(params, tokens * params.num_q_heads, params.max_splits * params.head_dim,
+                         fold_scratch(params.head_dim),
+                         [](const auto& p, int64_t begin, int64_t end) { cpu::fold_splits(p, begin, end); });
+}
+
+template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch, int64_t tokens) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads, dim = params.head_dim;
+  const int64_t states = tokens * params.num_q_heads * batch.max_splits;
+  const bool by_split = batch.max_splits > 1 && states * (dim + 2) <= kPartialFloats;
+  const std::vector<PagedSpan> spans = spans_of(batch, std::max<int64_t>(1, kQueryRows / group), by_split);
+  const std::unique_ptr<float[]> partial(by_split ? new float[states * (dim + 2)] : nullptr);
+  params.spans = spans.data();
+  params.max_splits = batch.max_splits;
+  if (by_split) {
+    params.partial_o = partial.get();
+    params.partial_max = partial.get() + states * dim;
+    params.partial_total = params.partial_max + states;
+  }
+  const int64_t cost = kTilePositions * dim * group;
+  for_items_with_scratch(
+      params, (int64_t)spans.size() * params.num_kv_heads, cost, attend_scratch(group, dim),
+      [](const auto& p, int64_t begin, int64_t end) { cpu::paged_attention(p, begin, end); });
+  if (by_split)
+    fold(params, batch, tokens);
+}
+
+std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                           const Tensor& block_table, const Tensor& cu_seqlens_q,
+                                           const Tensor& context_lens, const std::optional<Tensor>& tree_mask,
+                                           double softmax_scale) {
+  Argument{kOp, "q", q}.has_dim(3, "[T, Hq, D]");
+  Argument{kOp, "k_cache", k_cache}.has_dim(4, "[N, Hkv, P, D]");
+  const int64_t dim = q.size(2), kv_heads = k_cache.size(1), block_size = k_cache.size(2);
+  for (const Argument& cache : {Argument{kOp, "k_cache", k_cache}, Argument{kOp, "v_cache", v_cache}}) {
+    cache.has_shape({k_cache.size(0), kv_heads, block_size, dim});
+    cache.has_dtype(q.scalar_type());
+  }
+  require(block_size > 0, kOp, ": k_cache has shape ", shape_text(k_cache),
+          "; blocks must hold at least one token.");
+  group_of(kOp, q.size(1), kv_heads);
+  if (tree_mask.has_value()) {
+    Argument{kOp, "tree_mask", *tree_mask}.has_shape({q.size(0)});
+    Argument{kOp, "tree_mask", *tree_mask}.has_dtype(ScalarType::Long);
+  }
+  const Batch batch = check_batch(q, k_cache, block_table, cu_seqlens_q, context_lens, tree_mask.has_value());
+  const Tensor o = empty_dense(q), lse = empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  const Tensor bits = tree_mask.has_value() ? dense(*tree_mask) : lse;
+  const Heads queries = as_heads(q);
+  const Tensor keys = k_cache.stride(3) == 1 ? k_cache : torch::stable::contiguous(k_cache);
+  const Tensor values = v_cache.stride(3) == 1 ? v_cache : torch::stable::contiguous(v_cache);
+  with_type({kOp, "q", q}, [&](auto type) {
+    using T = decltype(type);
+    PagedAttentionParams<T> params{};
+    params.q = read<T>(queries.tensor);
+    params.k_cache = read<T>(keys);
+    params.v_cache = read<T>(values);
+    params.o = write<T>(o);
+    params.lse = write<float>(lse);
+    params.block_table = batch.blocks;
+    params.cu_seqlens_q = batch.bounds;
+    params.context_lens = batch.contexts;
+    params.tree_mask = tree_mask.has_value() ? read<int64_t>(bits) : nullptr;
+    params.q_strides = queries.strides;
+    params.k_strides = {keys.stride(0), keys.stride(1), keys.stride(2)};
+    params.v_strides = {values.stride(0), values.stride(1), values.stride(2)};
+    params.num_q_heads = q.size(1);
+    params.num_kv_heads = kv_heads;
+    params.head_dim = dim;
+    params.block_size = block_size;
+    params.max_blocks = batch.max_blocks;
+    params.softmax_scale = (float)softmax_scale;
+    run(params, batch, q.size(0));
+  });
+  return {o, lse};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kvkeye_cpu, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+}
+
+} // namespace kvkeye
