@@ -42,6 +42,12 @@ def block_hash(parent: bytes, tokens: SequenceOf[int], start: int, media: Iterab
     return hashlib.sha256(b"".join(parts)).digest()
 
 
+def span_key(media_key: bytes, index: int, positions: bytes) -> bytes:
+    """Name of the `index`-th span of some media at the given rotary positions."""
+    parts = _frame(b"M", media_key) + _frame(b"I", struct.pack("<q", index)) + _frame(b"R", positions)
+    return hashlib.sha256(b"kvkeye.span.1" + parts).digest()
+
+
 def extend_hashes(seq: Sequence, block_size: int) -> list[bytes]:
     """Names of all full blocks of `seq.tokens`; only the missing ones are computed. Mutates `seq.block_hashes`."""
     hashes = seq.block_hashes

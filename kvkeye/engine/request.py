@@ -175,7 +175,7 @@ _NEXT = {
 
 @dataclass(eq=False)
 class Request:
-    """One prompt with its sampling values. `payload` belongs to the builder of the request; the scheduler never looks."""
+    """One prompt with its sampling values. The scheduler never looks into `payload`."""
 
     request_id: str
     prompt: list[int]

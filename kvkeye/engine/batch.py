@@ -1,0 +1,233 @@
+"""A step's plain numbers as tensors. Everything attention needs travels in `ForwardBatch`; nothing is global.
+
+Knows rows, prompts and their media; must not know the model, the caches or the scheduler's decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvkeye.engine.prefix_cache import span_key
+from kvkeye.engine.request import MediaSpan, SamplingParams, Sequence
+from kvkeye.engine.scheduler import Row, Step
+from kvkeye.models.keye.positions import MediaKind
+
+
+class Media(Protocol):
+    """A picture or clip as the processor prepares it; see kvkeye.models.keye.processor.MediaInput."""
+
+    @property
+    def kind(self) -> MediaKind: ...
+    @property
+    def pixel_values(self) -> Tensor: ...
+    @property
+    def grids(self) -> list[tuple[int, int, int]]: ...
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def spans(self) -> list[tuple[int, int]]: ...
+
+
+@dataclass(eq=False)
+class MediaItem:
+    """One picture or clip of a request; `embeds` [tokens, hidden] while its prompt still needs them."""
+
+    media: Media
+    embeds: Tensor | None = None
+    encode_ms: float = 0.0
+
+
+@dataclass(eq=False)
+class Prompt:
+    """The tensors of a request, carried as its payload.
+
+    positions       [3, n] int64; a token generated at cache length m has position m + position_delta on all axes
+    items           media, in order
+    span_sources    for each media span of the request: (index into items, first row of its embeddings)
+    """
+
+    positions: Tensor
+    position_delta: int
+    items: list[MediaItem] = field(default_factory=list)
+    span_sources: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, positions: Tensor, position_delta: int, media: list[Media]) -> tuple[Prompt, tuple[MediaSpan, ...]]:
+        """The payload, and the spans that name the prompt's media for the prefix cache."""
+        found = []
+        for item, content in enumerate(media):
+            offset = 0
+            for index, (start, length) in enumerate(content.spans):
+                # Rotary positions belong to the content: the same pixels under another clock are other keys.
+                places = positions[:, start : start + length].contiguous().numpy().tobytes()
+                found.append((MediaSpan(start, length, span_key(content.key, index, places)), (item, offset)))
+                offset += length
+        found.sort(key=lambda pair: pair[0].start)
+        prompt = cls(positions, position_delta, [MediaItem(content) for content in media], [pair[1] for pair in found])
+        return prompt, tuple(pair[0] for pair in found)
+
+
+@dataclass(frozen=True)
+class MediaUse:
+    """Rows [first, first + length) of the step take embeddings [offset, offset + length) of `item`."""
+
+    item: MediaItem
+    first: int
+    offset: int
+    length: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Arguments of ops.sample, one row per token to draw; see there. `rows` [B] picks the logits."""
+
+    rows: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    history: Tensor
+    cu_history: Tensor
+    num_prompt: Tensor
+    seeds: Tensor
+    positions: Tensor
+    sample_index: Tensor
+    num_logprobs: list[int | None]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One forward pass over T new tokens of B rows.
+
+    seq_ids       B row ids
+    token_ids     [T] int64                positions     [3, T] int64
+    block_table   [B, M] int32             cu_seqlens_q  [B + 1] int32
+    context_lens  [B] int32, new tokens included         slot_mapping  [T] int64
+    block_copies  [n, 2] int64 (source, target)
+    logit_rows    [R] int64 into T: the last tokens of the rows that get a next token
+    num_samples   tokens to draw per row of the step
+    """
+
+    seq_ids: list[int]
+    token_ids: Tensor
+    positions: Tensor
+    block_table: Tensor
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    slot_mapping: Tensor
+    block_copies: Tensor
+    logit_rows: Tensor
+    num_samples: list[int]
+    media: list[MediaUse]
+    sample: SampleBatch
+
+
+def build(step: Step, find: Callable[[int], Sequence], block_size: int, device: torch.device) -> ForwardBatch:
+    """The tensors of `step` on `device`. `find` gives the row of an id; its request's payload is a `Prompt`."""
+    rows, lengths = step.rows, [len(row.tokens) for row in step.rows]
+    bounds = list(accumulate(lengths, initial=0))
+    tables = [row.block_table for row in rows]
+    width = max((len(table) for table in tables), default=0)
+    sequences = [find(row.seq_id) for row in rows]
+
+    def ints(values: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return ForwardBatch(
+        seq_ids=[row.seq_id for row in rows],
+        token_ids=ints([token for row in rows for token in row.tokens], torch.int64),
+        positions=torch.cat([_positions(row, seq) for row, seq in zip(rows, sequences)], dim=1).to(device),
+        block_table=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32).to(device),
+        cu_seqlens_q=ints(bounds, torch.int32),
+        context_lens=ints([row.start + n for row, n in zip(rows, lengths)], torch.int32),
+        slot_mapping=torch.cat([_slots(row, block_size) for row in rows]).to(device),
+        block_copies=torch.tensor(step.block_copies, dtype=torch.int64).view(-1, 2).to(device),
+        logit_rows=ints([end - 1 for row, end in zip(rows, bounds[1:]) if row.num_samples], torch.int64),
+        num_samples=[row.num_samples for row in rows],
+        media=[use for row, seq, first in zip(rows, sequences, bounds) for use in _media_uses(row, seq, first)],
+        sample=_sample_batch(rows, sequences, device),
+    )
+
+
+def _positions(row: Row, seq: Sequence) -> Tensor:
+    """[3, len(row.tokens)]: the prompt's own positions, then one step per token on all axes."""
+    prompt: Prompt = seq.request.payload
+    end = row.start + len(row.tokens)
+    parts = []
+    if row.start < seq.num_prompt:
+        parts.append(prompt.positions[:, row.start : min(end, seq.num_prompt)])
+    if end > seq.num_prompt:
+        generated = torch.arange(max(row.start, seq.num_prompt), end) + prompt.position_delta
+        parts.append(generated.expand(3, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _slots(row: Row, block_size: int) -> Tensor:
+    positions = torch.arange(row.start, row.start + len(row.tokens))
+    table = torch.tensor(row.block_table, dtype=torch.int64)
+    return table[positions // block_size] * block_size + positions % block_size
+
+
+def _media_uses(row: Row, seq: Sequence, first: int) -> Iterator[MediaUse]:
+    """What the row's tokens take from media; a chunk may begin and end inside a span."""
+    request = seq.request
+    if not request.media or row.start >= request.media[-1].end:
+        return
+    prompt: Prompt = request.payload
+    end = row.start + len(row.tokens)
+    sources = dict(zip(request.media, prompt.span_sources))
+    for span in request.media_between(row.start, end):
+        index, offset = sources[span]
+        start, stop = max(row.start, span.start), min(end, span.end)
+        yield MediaUse(
+            item=prompt.items[index],
+            first=first + start - row.start,
+            offset=offset + start - span.start,
+            length=stop - start,
+            is_last=stop == span.end and max(s + n for s, n in prompt.items[index].media.spans) == span.end,
+        )
+
+
+def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.device) -> SampleBatch:
+    """One entry per token to draw. Histories are sent only for rows with penalties."""
+    draws: list[tuple[int, Row, Sequence, int]] = []  # (row of the logits, row, sequence, sample index)
+    num_logit_rows = 0
+    for row, seq in zip(rows, sequences):
+        draws += [(num_logit_rows, row, seq, seq.index + i) for i in range(row.num_samples)]
+        num_logit_rows += row.num_samples > 0
+    params: list[SamplingParams] = [seq.request.sampling for _, _, seq, _ in draws]
+    histories = [seq.tokens if p.has_penalties else [] for (_, _, seq, _), p in zip(draws, params)]
+
+    def floats(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).to(device)
+
+    def ints(values: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return SampleBatch(
+        rows=ints([row for row, _, _, _ in draws], torch.int64),
+        temperature=floats([0.0 if p.is_greedy else p.temperature for p in params]),
+        top_k=ints([p.top_k for p in params], torch.int32),
+        top_p=floats([p.top_p for p in params]),
+        min_p=floats([p.min_p for p in params]),
+        repetition=floats([p.repetition_penalty for p in params]),
+        presence=floats([p.presence_penalty for p in params]),
+        frequency=floats([p.frequency_penalty for p in params]),
+        history=ints([token for tokens in histories for token in tokens], torch.int32),
+        cu_history=ints(list(accumulate(map(len, histories), initial=0)), torch.int32),
+        num_prompt=ints([seq.num_prompt if h else 0 for (_, _, seq, _), h in zip(draws, histories)], torch.int32),
+        seeds=ints([seq.request.seed for _, _, seq, _ in draws], torch.int64),
+        positions=ints([row.start + len(row.tokens) for _, row, _, _ in draws], torch.int64),
+        sample_index=ints([index for _, _, _, index in draws], torch.int64),
+        num_logprobs=[p.logprobs for p in params],
+    )

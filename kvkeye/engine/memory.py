@@ -1,0 +1,85 @@
+"""How much memory an engine will take, added up before any of it is allocated."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from kvkeye.engine.block_manager import ceil_div
+from kvkeye.engine.config import EngineConfig
+from kvkeye.engine.machine import available_bytes, gib
+from kvkeye.errors import CapacityError, ConfigError
+from kvkeye.models.keye.config import TextConfig
+
+logger = logging.getLogger("kvkeye.engine")
+DEFAULT_MAX_MODEL_LEN = 32768
+KV_SHARE = 0.4  # of the free memory, when nothing is said
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    max_model_len: int
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def block_bytes(text: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers: keys and values."""
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return per_token * block_size * dtype.itemsize
+
+
+def check_weights_fit(num_bytes: int, device: torch.device) -> None:
+    """CapacityError before loading if the weights alone do not fit."""
+    free = available_bytes(device)
+    if num_bytes > free:
+        raise CapacityError(
+            f"engine: the weights need {gib(num_bytes)}; {gib(free)} are free on {device}. "
+            "Use a smaller dtype, free memory, or choose a smaller model."
+        )
+
+
+def plan_cache(config: EngineConfig, text: TextConfig, dtype: torch.dtype, free_bytes: int) -> CachePlan:
+    """Blocks and context for the memory that is left after the weights.
+
+    Raises CapacityError with the sum if one full context, or what was asked for, does not fit.
+    """
+    max_model_len = config.max_model_len or min(text.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    if max_model_len > text.max_position_embeddings:
+        raise ConfigError(
+            f"EngineConfig.max_model_len: got {max_model_len}; the checkpoint's positions end at "
+            f"{text.max_position_embeddings}. Lower max_model_len."
+        )
+    size = block_bytes(text, config.block_size, dtype)
+    per_sequence = ceil_div(max_model_len, config.block_size)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_cache_memory is not None:
+        num_blocks = config.kv_cache_memory // size
+    else:
+        num_blocks = min(config.max_num_seqs * per_sequence, int(free_bytes * KV_SHARE) // size)
+    plan = CachePlan(max_model_len, num_blocks, size)
+    _check(plan, per_sequence, config, free_bytes)
+    logger.info("KV cache: %d blocks of %d tokens, %s", num_blocks, config.block_size, gib(plan.num_bytes))
+    return plan
+
+
+def _check(plan: CachePlan, per_sequence: int, config: EngineConfig, free_bytes: int) -> None:
+    if plan.num_blocks < per_sequence:
+        raise CapacityError(
+            f"engine: the KV cache holds {plan.num_blocks} blocks of {config.block_size} tokens "
+            f"({gib(plan.num_bytes)}); one context of {plan.max_model_len} tokens needs {per_sequence} "
+            f"({gib(per_sequence * plan.block_bytes)}). Lower max_model_len or raise kv_cache_memory or num_blocks."
+        )
+    needed = plan.num_bytes + config.encoder_cache_memory
+    if needed > free_bytes:
+        raise CapacityError(
+            f"engine: KV cache {gib(plan.num_bytes)} + media embeddings {gib(config.encoder_cache_memory)} = "
+            f"{gib(needed)}; {gib(free_bytes)} are free. Lower num_blocks, kv_cache_memory or encoder_cache_memory."
+        )

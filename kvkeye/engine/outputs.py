@@ -1,0 +1,101 @@
+"""What a caller gets back. Plain data; names are vLLM's where vLLM has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural log of a token's probability before penalties and temperature; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str = ""
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer so far. `text` never takes back a character.
+
+    reasoning      what the model wrote inside its thinking tags; "" for `generate`
+    finish_reason  None while running; "stop", "length", "abort" or "error"
+    stop_reason    the stop string or stop token that ended it
+    logprobs       per token, the chosen and the likeliest ids; None unless asked for
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    reasoning: str = ""
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Times in milliseconds from the request's arrival at the engine; None until known.
+
+    prepare_ms  decoding and resizing of media, tokenising (before arrival)
+    queue_ms    waiting for the first step
+    vision_ms   encoding of media, shared cache hits excluded
+    prefill_ms  first step to first token
+    decode_ms   first token to last
+    ttft_ms     arrival to first token
+    """
+
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    prepare_ms: float = 0.0
+    vision_ms: float = 0.0
+    queue_ms: float | None = None
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    ttft_ms: float | None = None
+    tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A snapshot of a request; `error` says why answers ended with "error"."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    finished: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one answer gained since the last delta of the same index."""
+
+    index: int
+    text: str
+    reasoning: str
+    token_ids: list[int]
+    finish_reason: str | None
+    output: RequestOutput
+
+
+def deltas(before: RequestOutput | None, now: RequestOutput) -> list[Delta]:
+    """What each answer gained between two snapshots; answers without news are left out."""
+    known = {} if before is None else {answer.index: answer for answer in before.outputs}
+    changes = []
+    for answer in now.outputs:
+        old = known.get(answer.index, CompletionOutput(answer.index))
+        delta = Delta(
+            index=answer.index,
+            text=answer.text[len(old.text) :],
+            reasoning=answer.reasoning[len(old.reasoning) :],
+            token_ids=answer.token_ids[len(old.token_ids) :],
+            finish_reason=answer.finish_reason,
+            output=now,
+        )
+        if delta.token_ids or delta.text or delta.reasoning or answer.finish_reason != old.finish_reason:
+            changes.append(delta)
+    return changes

@@ -1,0 +1,148 @@
+"""The forward pass: media embeddings, paged KV caches, logits, sampling.
+
+Knows tensors; must not know requests' lives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvkeye import ops
+from kvkeye.engine.batch import ForwardBatch, MediaItem, SampleBatch
+from kvkeye.engine.encoder_cache import EncoderCache
+from kvkeye.engine.outputs import Logprob
+from kvkeye.layers import PagedContext
+from kvkeye.models.keye.model import KeyeModel
+from kvkeye.models.keye.positions import MediaGrid
+
+# Called with (row id, tokens before the drawn one) per row and the logits [R, V] in the model's dtype.
+LogitsHook = Callable[[list[tuple[int, int]], Tensor], None]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Per row id: the drawn tokens, -1 for a row without valid probabilities, and their log-probabilities if wanted."""
+
+    tokens: dict[int, list[int]]
+    logprobs: dict[int, list[dict[int, Logprob] | None]]
+
+
+class Runner:
+    """One model with its caches. `backends` orders op implementations for everything that runs here."""
+
+    def __init__(
+        self, model: KeyeModel, num_blocks: int, block_size: int, encoder_cache_memory: int, backends: str = ""
+    ) -> None:
+        self.model = model
+        self.backends = backends
+        self.encoder_cache = EncoderCache(encoder_cache_memory)
+        self.logits_hook: LogitsHook | None = None
+        text = model.config.text
+        shape = (num_blocks, text.num_key_value_heads, block_size, text.head_dim)
+        layers = range(text.num_hidden_layers)
+        self.k_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
+        self.v_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
+
+    def _forced(self) -> AbstractContextManager[None]:
+        return ops.use_backends(self.backends) if self.backends else nullcontext()
+
+    def run(self, batch: ForwardBatch) -> StepResult:
+        """Computes a step: caches get the keys and values of its tokens, rows that are due get their next tokens."""
+        with torch.inference_mode(), self._forced():
+            if len(batch.block_copies):
+                for k_cache, v_cache in zip(self.k_caches, self.v_caches):
+                    ops.copy_blocks(k_cache, v_cache, batch.block_copies)
+            hidden = self.model(self._embed(batch), batch.positions, self._context(batch))  # [T, H]
+            if not len(batch.logit_rows):
+                return StepResult({}, {})
+            logits = self.model.logits(hidden[batch.logit_rows])  # [R, V]
+            if self.logits_hook is not None:
+                self.logits_hook(_logit_names(batch), logits)
+            return _collect(batch, *_draw(logits[batch.sample.rows], batch.sample))
+
+    def _context(self, batch: ForwardBatch) -> PagedContext:
+        return PagedContext(
+            k_caches=self.k_caches,
+            v_caches=self.v_caches,
+            block_table=batch.block_table,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            context_lens=batch.context_lens,
+            slot_mapping=batch.slot_mapping,
+        )
+
+    def _embed(self, batch: ForwardBatch) -> Tensor:
+        """[T, H], media embeddings in the rows of their pad tokens."""
+        if not batch.media:
+            return self.model.embed(batch.token_ids)
+        parts, rows = [], []
+        for use in batch.media:
+            embeds = self._encoded(use.item)
+            parts.append(embeds[use.offset : use.offset + use.length])
+            rows.append(torch.arange(use.first, use.first + use.length))
+        for use in batch.media:
+            if use.is_last:
+                use.item.embeds = None
+        return self.model.embed(batch.token_ids, torch.cat(parts), torch.cat(rows).to(batch.token_ids.device))
+
+    def _encoded(self, item: MediaItem) -> Tensor:
+        """Embeddings [tokens, hidden] of one picture or clip, computed once while the cache keeps them."""
+        if item.embeds is not None:
+            return item.embeds
+        embeds = self.encoder_cache.get(item.media.key)
+        if embeds is None:
+            start = time.perf_counter()
+            media = item.media
+            grids = [MediaGrid(media.kind, grid) for grid in media.grids]
+            embeds = self.model.encode_media(media.pixel_values.to(self.model.device), grids)
+            item.encode_ms += 1e3 * (time.perf_counter() - start)
+            self.encoder_cache.put(item.media.key, embeds)
+        item.embeds = embeds
+        return embeds
+
+
+def _logit_names(batch: ForwardBatch) -> list[tuple[int, int]]:
+    lengths = batch.context_lens.tolist()
+    return [(row, length) for row, length, n in zip(batch.seq_ids, lengths, batch.num_samples) if n]
+
+
+def _draw(logits: Tensor, sample: SampleBatch) -> tuple[list[int], list[dict[int, Logprob] | None]]:
+    """logits [B, V] -> B tokens and, where asked for, log-probabilities."""
+    drawn: Tensor = ops.sample(
+        logits, sample.temperature, sample.top_k, sample.top_p, sample.min_p, sample.repetition, sample.presence,
+        sample.frequency, sample.history, sample.cu_history, sample.num_prompt, sample.seeds, sample.positions,
+        sample.sample_index, None,
+    )  # fmt: skip
+    tokens: list[int] = drawn.tolist()
+    logprobs = [
+        None if count is None or token < 0 else _logprobs(row, token, count)
+        for row, token, count in zip(logits, tokens, sample.num_logprobs)
+    ]
+    return tokens, logprobs
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
+    """The drawn token and the `count` likeliest. logits [V]."""
+    ids = [token, *logits.topk(min(count, logits.shape[0])).indices.tolist()]
+    targets = torch.tensor(ids, device=logits.device)
+    values = ops.token_logprobs(logits.expand(len(ids), -1), targets).tolist()
+    found = {token: Logprob(values[0], int((logits > logits[token]).sum()) + 1)}
+    for rank, (likely, value) in enumerate(zip(ids[1:], values[1:]), 1):
+        found.setdefault(likely, Logprob(value, rank))
+    return found
+
+
+def _collect(batch: ForwardBatch, tokens: list[int], logprobs: list[dict[int, Logprob] | None]) -> StepResult:
+    result = StepResult({}, {})
+    start = 0
+    for seq_id, count in zip(batch.seq_ids, batch.num_samples):
+        if count:
+            result.tokens[seq_id] = tokens[start : start + count]
+            result.logprobs[seq_id] = logprobs[start : start + count]
+            start += count
+    return result
