@@ -27,6 +27,15 @@ def support_rows() -> list[tuple[str, str, str, list[str]]]:
     ]
 
 
+def markdown() -> str:
+    """The claimed cells, whatever this machine has; stands in README.md, where a test compares it."""
+    lines = ["| op | family | gradient | " + " | ".join(NAMES) + " |", "|---|---|---|" + "---|" * len(NAMES)]
+    for name, family, gradient, _ in support_rows():
+        cells = ["yes" if n == "eager" or n in OPS[name].implementations else "" for n in NAMES]
+        lines.append(f"| `{name}` | {family} | {'yes' if gradient else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def reasons() -> list[str]:
     """Why cells say "no" here, each reason once with the ops it covers."""
     found: dict[str, list[str]] = {}
@@ -45,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, or one op's contract and choice. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="kvkeye ops", description="which implementation runs where, and why not")
     parser.add_argument("op", nargs="?", help="print this op's contract and the order in force")
-    name = parser.parse_args(argv).op
+    parser.add_argument("--markdown", action="store_true", help="print the claimed cells as a Markdown table")
+    options = parser.parse_args(argv)
+    if options.markdown:
+        print(markdown())
+        return 0
+    name = options.op
     if name is not None:
         if name not in OPS:
             print(f"kvkeye ops: no op {name!r}; known: {', '.join(OPS)}", file=sys.stderr)

@@ -1,0 +1,144 @@
+"""Times the rows of the case table: correctness first, then `cpp` beside a named peer in the same process.
+
+    python benchmarks/ops.py                     every op, fp32 and bf16
+    python benchmarks/ops.py --op packed_linear --dtype bf16 --json benchmarks/results/ops.jsonl
+
+The two sides alternate; medians are reported, their ratio, and the share of the limit: the copy bandwidth measured in
+the same run for rows that move memory, the figure itself (GFLOP/s) for rows that compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kvkeye import ops
+from kvkeye.testing.case import Case, Sample, good
+from kvkeye.testing.compare import as_tuple, assert_close, copied, widen
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORWARD = [op for op in ops.OPS.values() if good(op.name, Sample(torch.float32))]
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Any, __: int, causal: bool, scale: float) -> Any:
+    """One sequence, heads first, as PyTorch wants it."""
+    heads = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale)
+
+
+#: What PyTorch offers for the same row; ops without an entry are compared with their own eager reference.
+PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "rms_norm": ("torch.rms_norm", lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)),
+    "layer_norm": ("torch.layer_norm", lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps)),
+    "gelu": ("torch.gelu", lambda x, tanh: F.gelu(x, approximate="tanh" if tanh else "none")),
+    "silu_mul": ("torch.silu * up", lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]),
+    "packed_linear": ("torch.linear", F.linear),
+    "varlen_attention": ("torch SDPA", sdpa),
+    "token_logprobs": ("torch.cross_entropy", lambda x, t: -F.cross_entropy(x.float(), t, reduction="none")),
+}
+
+
+def median_times(sides: list[Callable[[], Any]], seconds: float) -> list[float]:
+    """Median seconds per call of each side, the sides taking turns."""
+    times: list[list[float]] = [[] for _ in sides]
+    for side in sides:
+        side()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for side, record in zip(sides, times):
+            start = time.perf_counter()
+            side()
+            record.append(time.perf_counter() - start)
+    return [statistics.median(record) for record in times]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 256 MB."""
+    source = torch.ones(64 * 2**20)
+    target = torch.empty_like(source)
+    (seconds,) = median_times([lambda: target.copy_(source)], 1.0)
+    return 2 * source.numel() * 4 / seconds
+
+
+def verify(op: ops.Op, case: Case) -> None:
+    """The correctness row; a wrong kernel is not timed."""
+    naive = as_tuple(op.reference(*copied(case.args)))
+    truth = as_tuple(op.reference(*widen(case.args))) if op.name != "sample" else naive
+    with ops.use_backends("cpp"):
+        out = as_tuple(op(*copied(case.args)))
+    for o, n, t in zip(out, naive, truth):
+        if o is not None:
+            assert_close(o, n, t, f"{op.name} {case.id}")
+
+
+def measure(op: ops.Op, case: Case, dtype: str, seconds: float, bandwidth: float) -> dict[str, Any]:
+    verify(op, case)
+    name, peer = PEERS.get(op.name, ("eager reference", op.reference))
+
+    def ours() -> Any:
+        with ops.use_backends("cpp"):
+            return op(*case.args)
+
+    try:
+        peer(*case.args)
+    except RuntimeError as error:
+        name, peer = f"eager reference ({name}: {str(error).splitlines()[0]})", op.reference
+    with torch.inference_mode():
+        own, other = median_times([ours, lambda: peer(*case.args)], seconds)
+    return {
+        "op": op.name, "case": case.id, "dtype": dtype, "ms": own * 1e3, "peer": name, "peer_ms": other * 1e3,
+        "ratio": other / own, "gb_per_s": case.cost.bytes / own / 1e9, "gflop_per_s": case.cost.flops / own / 1e9,
+        "share_of_copy": case.cost.bytes / own / bandwidth,
+    }  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip(), "cpu": _cpu_name(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--op", nargs="*", help="only these ops")
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per row")
+    parser.add_argument("--json", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    about, bandwidth = machine(), copy_bandwidth()
+    print(f"{about}\ncopy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'op':<24}{'case':<22}{'dtype':<7}{'ms':>9}{'peer ms':>10}{'ratio':>7}{'GB/s':>7}{'GFLOP/s':>9}  peer")
+    for op in FORWARD:
+        if (options.op and op.name not in options.op) or "cpp" not in op.implementations:
+            continue
+        for dtype in options.dtype:
+            for case in (c for c in good(op.name, Sample(DTYPES[dtype], big=True)) if c.bench):
+                row = measure(op, case, dtype, options.seconds, bandwidth)
+                print(
+                    f"{op.name:<24}{case.id:<22}{dtype:<7}{row['ms']:>9.3f}{row['peer_ms']:>10.3f}{row['ratio']:>7.2f}"
+                    f"{row['gb_per_s']:>7.1f}{row['gflop_per_s']:>9.0f}  {row['peer']}"
+                )
+                if options.json:
+                    with options.json.open("a") as file:
+                        file.write(json.dumps(about | {"copy_gb_per_s": bandwidth / 1e9} | row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
