@@ -37,6 +37,8 @@ def serving_backends(config: EngineConfig, device: torch.device) -> str:
 
     On a CPU an invariant engine runs on the C++ kernels and nothing else; what is missing is said once, in a warning.
     """
+    with ops.use_backends(config.backends):
+        pass  # refuses unknown names
     if config.backends or BACKENDS.get() or not config.invariant:
         return config.backends
     if device.type != "cpu":

@@ -62,10 +62,9 @@ def prompt(seed: int, length: int, *pictures: Picture, is_chat: bool = False) ->
 class Processor:
     """Bytes to tokens and back; messages are joined without a template."""
 
-    generation_defaults = {"temperature": 0.0}
-    eos_token_ids = (EOS,)
-
     def __init__(self) -> None:
+        self.generation_defaults = {"temperature": 0.0}
+        self.eos_token_ids = (EOS,)
         self.tokenizer = byte_tokenizer()
 
     def process_text(self, text: str) -> Prepared:
@@ -84,9 +83,9 @@ def model(version: str = "preview", dtype: torch.dtype = torch.float32):
     return tiny_keye_model(version, seed=3, dtype=dtype)
 
 
-def engine(version: str = "preview", dtype: torch.dtype = torch.float32, **config) -> Engine:
+def engine(version: str = "preview", weights: torch.dtype = torch.float32, **config) -> Engine:
     values = {"model": "tiny", "max_model_len": 512, "max_num_seqs": 16, "check_every_step": True} | config
-    return Engine(EngineConfig(**values), model(version, dtype), Processor(), OutputParser)
+    return Engine(EngineConfig(**values), model(version, weights), Processor(), OutputParser)
 
 
 def run(engine: Engine, max_steps: int = 10_000) -> dict[str, RequestOutput]:
