@@ -81,9 +81,7 @@ def test_preview_numbers():
 def test_round_trip(version):
     data = PREVIEW
     if version == "1.5":
-        data = changed(
-            architectures=["KeyeVL1_5ForConditionalGeneration"], model_type="KeyeVL1_5", rope_theta=8e6
-        )
+        data = changed(architectures=["KeyeVL1_5ForConditionalGeneration"], model_type="KeyeVL1_5", rope_theta=8e6)
     config = KeyeConfig.from_dict(data)
     assert config.version == version
     assert KeyeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -112,9 +110,7 @@ def test_mrope_is_known_by_its_sections(rope):
 
 def test_vision_rope_theta_and_nested_text_config():
     data = changed(vision_config__rope_theta=50000)
-    nested = {
-        name: data.pop(name) for name in ("hidden_size", "num_hidden_layers", "rope_scaling", "eos_token_id")
-    }
+    nested = {name: data.pop(name) for name in ("hidden_size", "num_hidden_layers", "rope_scaling", "eos_token_id")}
     config = KeyeConfig.from_dict({**data, "text_config": nested})
     assert config.vision.rope_theta == 50000.0 and config.text.hidden_size == 4096
 

@@ -121,9 +121,7 @@ class KeyeConfig:
             vision_start_token_id=top.integer("vision_start_token_id", minimum=0),
             vision_end_token_id=top.integer("vision_end_token_id", minimum=0),
             eos_token_ids=_token_ids(text_data.get("eos_token_id"), where),
-            bos_token_id=None
-            if text_data.get("bos_token_id") is None
-            else top.integer("bos_token_id", minimum=0),
+            bos_token_id=None if text_data.get("bos_token_id") is None else top.integer("bos_token_id", minimum=0),
             torch_dtype=str(data.get("torch_dtype") or data.get("dtype") or "bfloat16"),
         )
         _check_token_ids(config, where)
@@ -140,9 +138,7 @@ class KeyeConfig:
             "attention_bias": False,
             "use_sliding_window": False,
             "rope_scaling": {"type": "mrope", "mrope_section": section},
-            "eos_token_id": self.eos_token_ids[0]
-            if len(self.eos_token_ids) == 1
-            else list(self.eos_token_ids),
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
             "torch_dtype": self.torch_dtype,
             "vision_config": asdict(self.vision),
         }
@@ -157,9 +153,7 @@ def read_json(path: Path) -> JsonDict:
     """A JSON object from a file of at most 64 MiB. Raises `ConfigError` that names the file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(
-                f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read as JSON."
-            )
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read as JSON.")
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a checkpoint folder needs it. Download it again.") from None
@@ -208,9 +202,7 @@ class _Fields:
         value = self.data.get(name)
         value = default if value is None else value
         if value not in allowed:
-            self.refuse(
-                name, value, " or ".join(repr(item) for item in allowed) + " (nothing else is implemented)"
-            )
+            self.refuse(name, value, " or ".join(repr(item) for item in allowed) + " (nothing else is implemented)")
         return value
 
     def section(self, name: str) -> _Fields:
@@ -220,9 +212,7 @@ class _Fields:
         return _Fields(self.data[name], f"{self.where}: {name}")
 
     def refuse(self, name: str, value: Any, required: str) -> None:
-        raise ConfigError(
-            f"{self.where}: {name}={value!r}; required is {required}. Correct the checkpoint's JSON."
-        )
+        raise ConfigError(f"{self.where}: {name}={value!r}; required is {required}. Correct the checkpoint's JSON.")
 
 
 def _version(data: Mapping[str, Any], where: str) -> Version:
@@ -231,8 +221,7 @@ def _version(data: Mapping[str, Any], where: str) -> Version:
     model_type = data.get("model_type")
     found = {ARCHITECTURES.get(str(architecture)), MODEL_TYPES.get(str(model_type))} - {None}
     known = all(
-        value is None or value in table
-        for value, table in ((architecture, ARCHITECTURES), (model_type, MODEL_TYPES))
+        value is None or value in table for value, table in ((architecture, ARCHITECTURES), (model_type, MODEL_TYPES))
     )
     if len(found) != 1 or not known:
         raise ConfigError(
@@ -280,9 +269,7 @@ def _rope(fields: _Fields) -> tuple[float, tuple[int, int, int]]:
         or len(section) != 3
         or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in section)
     ):
-        fields.refuse(
-            "rope_scaling.mrope_section", section, "a list of three lengths, here or in rope_parameters"
-        )
+        fields.refuse("rope_scaling.mrope_section", section, "a list of three lengths, here or in rope_parameters")
     for table in tables:
         scaling = _Fields(table, f"{fields.where}: rope_scaling")
         scaling.only("type", ("mrope", "default"), "mrope")
@@ -316,13 +303,9 @@ def _text_config(fields: _Fields) -> TextConfig:
         hidden_act=fields.only("hidden_act", ("silu",), None),
     )
     if 2 * sum(section) != text.head_dim:
-        fields.refuse(
-            "mrope_section", list(section), f"lengths that sum to head_dim/2 = {text.head_dim / 2:g}"
-        )
+        fields.refuse("mrope_section", list(section), f"lengths that sum to head_dim/2 = {text.head_dim / 2:g}")
     if text.num_attention_heads % text.num_key_value_heads:
-        fields.refuse(
-            "num_key_value_heads", text.num_key_value_heads, f"a divisor of {text.num_attention_heads}"
-        )
+        fields.refuse("num_key_value_heads", text.num_key_value_heads, f"a divisor of {text.num_attention_heads}")
     return text
 
 
@@ -339,9 +322,7 @@ def _check_token_ids(config: KeyeConfig, where: str) -> None:
     ids.update({f"eos_token_id[{i}]": token for i, token in enumerate(config.eos_token_ids)})
     for name, token in ids.items():
         if not 0 <= token < config.text.vocab_size:
-            raise ConfigError(
-                f"{where}: {name}={token}; required is an id below vocab_size {config.text.vocab_size}."
-            )
+            raise ConfigError(f"{where}: {name}={token}; required is an id below vocab_size {config.text.vocab_size}.")
     if config.image_token_id == config.video_token_id:
         raise ConfigError(
             f"{where}: image_token_id and video_token_id are both {config.image_token_id}; they must differ."
