@@ -247,7 +247,8 @@ struct Rows {
   float* scores;                          // [count, kTile]
   float* keys;                            // [dim, kTile]
   float* values;                          // [kTile, width]
-  float *max, *folded_max, *folded_total; // [count]
+  float *max, *top, *keep;            // [count]: maximum before and after a tile, exp(before - after)
+  float *folded_max, *folded_total;   // [count]
   float* total;                           // [count, kLanes]: the lanes are added at the end
   View* views;                            // [count]
 
@@ -261,6 +262,8 @@ struct Rows {
     keys = arena.take(dim * kTile);
     values = arena.take(kTile * width);
     max = arena.take(capacity);
+    top = arena.take(capacity);
+    keep = arena.take(capacity);
     folded_max = arena.take(capacity);
     folded_total = arena.take(capacity);
     total = arena.take(capacity * kLanes);
@@ -273,39 +276,49 @@ KVKEYE_INLINE void clear(float* target, int64_t size, float value) {
     target[i] = value;
 }
 
-// Scores of one row become weights relative to its new maximum; what was summed before is rescaled.
-KVKEYE_INLINE void weigh_row(Rows& rows, int r, int64_t start, int columns, float scale) {
+// Scales the scores of one row, hides what it does not see, and finds its new maximum.
+KVKEYE_INLINE void bound_row(Rows& rows, int r, int64_t start, int columns, float scale) {
   float* row = rows.scores + r * kTile;
-  float* out = rows.out + r * rows.width;
-  const uint64_t seen = visible(rows.views[r], start);
   const uint64_t all = columns == 64 ? ~(uint64_t)0 : ((uint64_t)1 << columns) - 1;
-  if ((seen & all) == 0)
-    return clear(row, round_up(columns), 0.0f);
-  const bool partial = (seen & all) != all || columns % kLanes != 0;
-  Vf peak = splat(-INFINITY);
+  const uint64_t seen = visible(rows.views[r], start) & all;
+  const bool whole = seen == all && columns % kLanes == 0;
+  Vf peak = splat(rows.max[r]);
   for (int i = 0; i < columns; i += kLanes) {
     const Vf score = load(row + i) * scale;
-    const Vf kept = partial ? hide(score, seen & all, i, -INFINITY) : score;
+    const Vf kept = whole ? score : hide(score, seen, i, -INFINITY);
     store(row + i, kept);
-    peak = KVKEYE_ISA::max(kept, peak);
+    peak = max(kept, peak);
   }
-  const float before = rows.max[r], found = largest(peak);
-  const float top = before > found ? before : found;
-  const float base = top == -INFINITY ? 0.0f : top;
-  Vf total = load(rows.total + r * kLanes);
-  if (top != before) {
-    const Vf keep = exp(splat(before - base));
-    total = total * keep;
-    for (int64_t i = 0; i < rows.width; i += kLanes)
-      store(out + i, load(out + i) * keep);
-    rows.max[r] = top;
-  }
+  rows.top[r] = largest(peak);
+}
+
+// Scores of one row become weights relative to its maximum; what was summed before is rescaled.
+KVKEYE_INLINE void weigh_row(Rows& rows, int r, int columns) {
+  float *row = rows.scores + r * kTile, *out = rows.out + r * rows.width;
+  const Vf keep = splat(rows.keep[r]);
+  const float base = rows.max[r] == -INFINITY ? 0.0f : rows.max[r];
+  Vf total = load(rows.total + r * kLanes) * keep;
   for (int i = 0; i < columns; i += kLanes) {
     const Vf weight = exp(load(row + i) - base);
     store(row + i, weight);
     total = total + weight;
   }
   store(rows.total + r * kLanes, total);
+  for (int64_t i = 0; i < rows.width; i += kLanes)
+    store(out + i, load(out + i) * keep);
+}
+
+// One step of the online softmax for all rows. Row by row it would wait for each maximum and its exponential.
+KVKEYE_INLINE void weigh(Rows& rows, int64_t start, int columns, float scale) {
+  for (int r = 0; r < rows.count; ++r)
+    bound_row(rows, r, start, columns, scale);
+  for (int r = 0; r < rows.count; r += kLanes) {
+    const Vf top = load(rows.top + r);
+    store(rows.keep + r, exp(load(rows.max + r) - (top == -INFINITY ? Vf{} : top)));
+    store(rows.max + r, top);
+  }
+  for (int r = 0; r < rows.count; ++r)
+    weigh_row(rows, r, columns);
 }
 
 // Attention of all rows to positions [begin, end) of one split. locate(start, count, keys, values) names the
@@ -323,8 +336,7 @@ void attend_split(Rows& rows, int64_t begin, int64_t end, float scale, const Loc
     load_rows(values, columns, rows.dim, rows.values);
     multiply<false>({rows.q, rows.width, 1}, rows.keys, kTile, rows.scores, kTile, rows.count, rows.dim,
                     round_up(columns));
-    for (int r = 0; r < rows.count; ++r)
-      weigh_row(rows, r, start, columns, scale);
+    weigh(rows, start, columns, scale);
     multiply<true>({rows.scores, kTile, 1}, rows.values, rows.width, rows.out, rows.width, rows.count,
                    columns, rows.width);
   }
