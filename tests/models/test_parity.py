@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kvkeye.layers import PackedContext
+from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.positions import mrope_positions
-from kvkeye.testing.tiny import tiny_keye_model
+from kvkeye.testing.tiny import tiny_keye_config, tiny_keye_model
 from tests.models import references
 
 
@@ -39,11 +42,6 @@ def test_two_photographs_and_a_question(backend):
 @pytest.mark.parametrize("version", ["preview", "1.5"])
 def test_real_head_counts(backend, version):
     """Sixteen heads of 72 and grouped heads of 128 in the 4:1 ratio of the 8B checkpoints."""
-    from dataclasses import replace
-
-    from kvkeye.models.keye.model import KeyeModel
-    from kvkeye.testing.tiny import tiny_keye_config
-
     config = tiny_keye_config(version, num_layers=1)
     vision = replace(config.vision, hidden_size=1152, num_attention_heads=16, image_size=384)
     text = replace(config.text, num_attention_heads=8, num_key_value_heads=2)

@@ -229,7 +229,8 @@ def _refusal(folder: Path, problems: list[str], files: set[str]) -> str:
     shown = "\n  ".join(problems[:16])
     more = f"\n  and {len(problems) - 16} more" if len(problems) > 16 else ""
     return (
-        f"{folder}: {len(problems)} tensors of {', '.join(sorted(files))} do not fit this model.\n  {shown}{more}\n"
+        f"{folder}: the tensors of {', '.join(sorted(files))} do not fit the model of config.json "
+        f"({len(problems)} faults).\n  {shown}{more}\n"
         "Each tensor must be the model's or one it is known to skip. Use a complete, unmodified checkpoint."
     )
 
