@@ -19,6 +19,7 @@ PROMPTS = {
     "short": lambda: prompt(1, 5),
     "block": lambda: prompt(2, 32),
     "long": lambda: prompt(3, 150),
+    "two splits": lambda: prompt(7, 490),  # the answer crosses position 512, where kernels split the keys
     "picture": lambda: prompt(4, 21, picture(1, (1, 6, 10))),
     "two pictures": lambda: prompt(5, 40, picture(2, (1, 2, 2)), picture(1, (1, 6, 10))),
     "clip": lambda: prompt(6, 17, picture(3, (1, 4, 4), (1, 4, 4), (1, 2, 4), kind="video")),
@@ -28,7 +29,7 @@ MANY = PROMPTS | {f"more {i}": functools.partial(prompt, 100 + i, 3 + 7 * i) for
 
 def logits_of(prompts, rounds=1, interrupt=None, dtype=torch.float32, version="preview", **config):
     """{name: logits [64, V]} of greedy answers in the last of `rounds` over one engine."""
-    served = engine(version, dtype, backends="cpp", **config)
+    served = engine(version, dtype, **{"backends": "cpp", "max_model_len": 640} | config)
     found: dict[tuple[str, int], torch.Tensor] = {}
 
     def hook(names, logits):
@@ -91,9 +92,9 @@ def test_from_the_prefix_cache():
 
 
 def test_after_preemption_because_blocks_ran_out():
-    answers, served = logits_of(PROMPTS, num_blocks=16)
+    answers, served = logits_of(PROMPTS, num_blocks=22)
     check(answers)
-    assert served.stats().num_preemptions > 3
+    assert served.stats().num_preemptions > 1
 
 
 def test_after_preemption_at_any_moment():
@@ -127,7 +128,7 @@ def test_whatever_lies_in_unwritten_blocks():
 
 @pytest.mark.parametrize("version, dtype", [("1.5", torch.float32), ("preview", torch.bfloat16)])
 def test_other_version_and_dtype(version, dtype):
-    answers, _ = logits_of(PROMPTS, max_prefill_chunk=7, num_blocks=20, version=version, dtype=dtype)
+    answers, _ = logits_of(PROMPTS, max_prefill_chunk=7, num_blocks=24, version=version, dtype=dtype)
     check(answers, version=version, dtype=dtype)
 
 
@@ -136,3 +137,12 @@ def test_the_media_are_seen():
     one = logits_of({"a": lambda: prompt(4, 21, picture(1, (1, 6, 10)))})[0]["a"]
     other = logits_of({"a": lambda: prompt(4, 21, picture(9, (1, 6, 10)))})[0]["a"]
     assert not torch.equal(one[0], other[0])
+
+
+def test_on_two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - before if before in (1, 2) else 1)
+    try:
+        check(logits_of(PROMPTS)[0])
+    finally:
+        torch.set_num_threads(before)
