@@ -96,6 +96,10 @@ def _no_weights(folder: Path, files: list[Path]) -> str:
 
 def _sharded(folder: Path) -> dict[str, StoredTensor]:
     path = folder / INDEX
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise WeightError(
+            f"{path}: {path.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are read. Download it again."
+        )
     weight_map = _load_json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightError(f"{path}: weight_map is missing; required is one file name per tensor. Download it again.")
@@ -157,7 +161,9 @@ def _load_json(path: Path, data: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except WeightError:
+        raise
+    except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
         raise WeightError(f"{path}: the header is not JSON ({error}). Download the file again.") from None
     if not isinstance(header, dict):
         raise WeightError(f"{path}: the header is a JSON {type(header).__name__}; an object is required.")

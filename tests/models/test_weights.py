@@ -179,6 +179,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header(b"{"), "not JSON"),
         (header(b"\xff\xfe"), "not JSON"),
         (header(b"[" * 100_000), "not JSON"),
+        (header(b'{"a": ' + b"9" * 5000 + b"}"), "not JSON"),
         (header([1]), "list"),
         (header(b'{"a": {}, "a": {}}'), "a appears twice"),
         (header({"a": 3}), "a has dtype None"),
@@ -264,6 +265,12 @@ def test_an_index_that_disagrees(folder):
     refuses({**good, "made.up": other}, f"made.up absent from {other}")
     for file in ("../model.safetensors", "/etc/passwd", "sub/a.safetensors", "model.bin", 3):
         refuses({**good, Q_PROJ: file}, f"{Q_PROJ} is in ")
+    (folder / checkpoint.INDEX).write_bytes(b"[]")
+    with pytest.raises(WeightError, match="a JSON list"):
+        check_folder(folder)
+    os.truncate(folder / checkpoint.INDEX, 101 << 20)
+    with pytest.raises(WeightError, match=f"{100 << 20} are read"):
+        check_folder(folder)
     (folder / other).unlink()
     refuses(good, f"{other}: no such file; .* places .* there")
 
