@@ -1,0 +1,97 @@
+"""A loaded model that answers one conversation at a time, with progress on stderr. Shared by run, chat and demo."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvkeye.cli import options
+from kvkeye.cli.bundled import model_files
+from kvkeye.cli.exits import INTERNAL, CommandError
+from kvkeye.cli.terminal import stage
+
+if TYPE_CHECKING:
+    from kvkeye.engine import LLM, RequestOutput, SamplingParams
+    from kvkeye.engine.outputs import Delta
+
+Message = dict[str, Any]
+
+
+def _ignore(delta: Delta) -> None:
+    """Shows nothing."""
+
+
+class Session:
+    """One model; `sampling` are the checkpoint's values with the command line's over them."""
+
+    def __init__(self, llm: LLM, sampling: SamplingParams, mode: str | None) -> None:
+        self.llm, self.sampling, self.mode = llm, sampling, mode
+
+    def ask(self, messages: list[Message], show: Callable[[Delta], None] = _ignore) -> RequestOutput:
+        """The answer to a conversation; `show` gets it piece by piece.
+
+        Raises   RequestError, MediaError; CommandError where the engine could not finish
+        """
+        with stage("pictures and prompt"):
+            prepared = self.llm.engine.prepare(messages, self.mode)
+        output: RequestOutput | None = None
+        stream: Any = self.llm.stream(prepared, self.sampling)
+        with closing(stream) as deltas:  # closing it early aborts the request
+            with stage(f"vision and prefill of {len(prepared.token_ids)} tokens"):
+                first = next(deltas, None)
+            for delta in chain([first] if first else [], deltas):
+                show(delta)
+                output = delta.output
+        if output is None or output.outputs[0].finish_reason == "error":
+            reason = "no answer" if output is None else output.error
+            raise CommandError(f"the engine could not finish this request: {reason}", INTERNAL)
+        return output
+
+
+@contextmanager
+def open_session(arguments: argparse.Namespace, model: Path) -> Iterator[Session]:
+    """Loads a model. Options that can be refused without it are refused first."""
+    from kvkeye.models.keye.config import KeyeConfig
+
+    options.sampling(arguments)
+    config = options.engine_config(arguments, model)
+    with model_files():
+        KeyeConfig.from_folder(model)
+    with stage(f"loading {model.name}"):
+        from kvkeye import LLM, ops
+
+        if config.backends:
+            with ops.use_backends(config.backends):
+                pass  # raises where the order names something unknown
+        with model_files():
+            llm = LLM(**asdict(config))
+    with llm:
+        yield Session(llm, options.sampling(arguments, llm.engine.default_sampling()), arguments.mode)
+
+
+def statistics(output: RequestOutput) -> dict[str, Any]:
+    """The engine's metrics of one request; `prefill_ms` without the part of vision in it."""
+    metrics = asdict(output.metrics)
+    if metrics["prefill_ms"] is not None:
+        metrics["prefill_ms"] = max(0.0, metrics["prefill_ms"] - metrics["vision_ms"])
+    return metrics
+
+
+def statistics_line(output: RequestOutput) -> str:
+    """Tokens and times of one answer, in one line."""
+    m = statistics(output)
+    speed = "" if m["tokens_per_s"] is None else f", {m['tokens_per_s']:.1f} tokens/s"
+    return (
+        f"prompt {m['num_prompt_tokens']} tokens ({m['num_cached_tokens']} cached), answer {m['num_generated_tokens']}"
+        f" | media {_ms(m['prepare_ms'])}, vision {_ms(m['vision_ms'])}, prefill {_ms(m['prefill_ms'])}, "
+        f"decode {_ms(m['decode_ms'])}{speed}"
+    )
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms"
