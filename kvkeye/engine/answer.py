@@ -36,8 +36,8 @@ class Answer:
         self._stops = StopStrings(sampling.stop)
         self._parser = parser
         self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
+        self._text = ""
+        self._reasoning = ""
         self._logprobs: list[dict[int, Logprob]] | None = None if sampling.logprobs is None else []
 
     @property
@@ -72,15 +72,15 @@ class Answer:
             self._append(*self._parser.feed(text))
 
     def _append(self, reasoning: str, text: str) -> None:
-        self._reasoning.append(reasoning)
-        self._text.append(text)
+        self._reasoning += reasoning
+        self._text += text
 
     def output(self, finish_reason: str | None) -> CompletionOutput:
         return CompletionOutput(
             index=self.index,
-            text="".join(self._text),
+            text=self._text,
             token_ids=list(self._token_ids),
-            reasoning="".join(self._reasoning),
+            reasoning=self._reasoning,
             finish_reason=finish_reason,
             stop_reason=self.stop_reason,
             logprobs=None if self._logprobs is None else list(self._logprobs),
@@ -125,10 +125,12 @@ class Tracker:
             self.times.last_token = time.perf_counter()
             self.times.first_token = self.times.first_token or self.times.last_token
             answer.push(seq.tokens[-1], logprobs, is_hidden=seq.finish_reason == "stop")
-        if seq.state is State.FINISHED:
-            answer.close()
-            return False
-        return isinstance(answer.stop_reason, str)
+        if seq.state is not State.FINISHED:
+            return isinstance(answer.stop_reason, str)
+        answer.close()
+        if isinstance(answer.stop_reason, str):  # came up with the last token allowed
+            seq.finish_reason = "stop"
+        return False
 
     def close(self, seq: Sequence) -> None:
         """Shows what an answer held back, after it was ended from outside."""

@@ -157,6 +157,10 @@ class AsyncEngine:
                 output = await mailbox.get(deadline)
                 is_finished = output.finished
                 yield output
+        except asyncio.TimeoutError:
+            raise TimeoutError(
+                f"request {name!r}: not finished within {timeout} s, so it was aborted. Allow more, or ask for less."
+            ) from None
         finally:
             self._mailboxes.pop(name, None)
             if not is_finished:

@@ -146,11 +146,11 @@ def build(step: Step, find: Callable[[int], Sequence], block_size: int, device: 
     return ForwardBatch(
         seq_ids=[row.seq_id for row in rows],
         token_ids=ints([token for row in rows for token in row.tokens], torch.int64),
-        positions=torch.cat([_positions(row, seq) for row, seq in zip(rows, sequences)], dim=1).to(device),
+        positions=_positions(rows, sequences).to(device),
         block_table=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32).to(device),
         cu_seqlens_q=ints(bounds, torch.int32),
         context_lens=ints([row.start + n for row, n in zip(rows, lengths)], torch.int32),
-        slot_mapping=torch.cat([_slots(row, block_size) for row in rows]).to(device),
+        slot_mapping=ints([slot for row in rows for slot in _slots(row, block_size)], torch.int64),
         block_copies=torch.tensor(step.block_copies, dtype=torch.int64).view(-1, 2).to(device),
         logit_rows=ints([end - 1 for row, end in zip(rows, bounds[1:]) if row.num_samples], torch.int64),
         num_samples=[row.num_samples for row in rows],
@@ -159,23 +159,29 @@ def build(step: Step, find: Callable[[int], Sequence], block_size: int, device: 
     )
 
 
-def _positions(row: Row, seq: Sequence) -> Tensor:
-    """[3, len(row.tokens)]: the prompt's own positions, then one step per token on all axes."""
-    prompt: Prompt = seq.request.payload
-    end = row.start + len(row.tokens)
-    parts = []
-    if row.start < seq.num_prompt:
-        parts.append(prompt.positions[:, row.start : min(end, seq.num_prompt)])
-    if end > seq.num_prompt:
-        generated = torch.arange(max(row.start, seq.num_prompt), end) + prompt.position_delta
-        parts.append(generated.expand(3, -1))
+def _positions(rows: list[Row], sequences: list[Sequence]) -> Tensor:
+    """[3, T]: the prompts' own positions, then one step per token on all axes."""
+    parts: list[Tensor] = []
+    generated: list[int] = []  # of decoding rows, in one tensor: a tensor each would dominate small steps
+
+    def flush() -> None:
+        parts.append(torch.tensor(generated, dtype=torch.int64).expand(3, -1))
+        generated.clear()
+
+    for row, seq in zip(rows, sequences):
+        prompt: Prompt = seq.request.payload
+        end = row.start + len(row.tokens)
+        if row.start < seq.num_prompt:
+            flush()
+            parts.append(prompt.positions[:, row.start : min(end, seq.num_prompt)])
+        generated += range(max(row.start, seq.num_prompt) + prompt.position_delta, end + prompt.position_delta)
+    flush()
     return torch.cat(parts, dim=1)
 
 
-def _slots(row: Row, block_size: int) -> Tensor:
-    positions = torch.arange(row.start, row.start + len(row.tokens))
-    table = torch.tensor(row.block_table, dtype=torch.int64)
-    return table[positions // block_size] * block_size + positions % block_size
+def _slots(row: Row, block_size: int) -> Iterator[int]:
+    for position in range(row.start, row.start + len(row.tokens)):
+        yield row.block_table[position // block_size] * block_size + position % block_size
 
 
 def _media_uses(row: Row, seq: Sequence, first: int) -> Iterator[MediaUse]:

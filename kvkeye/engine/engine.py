@@ -270,6 +270,7 @@ class Engine:
         output = tracker.output()
         if output.finished:
             del self._trackers[output.request_id]
+            tracker.request.payload = None  # pixels must not wait for the collector of cycles
             self._num_prompt_tokens += output.metrics.num_prompt_tokens
             self._num_cached_tokens += output.metrics.num_cached_tokens
             self._num_generated_tokens += output.metrics.num_generated_tokens

@@ -45,7 +45,7 @@ def logits_of(prompts, rounds=1, interrupt=None, dtype=torch.float32, version="p
         while served.has_work:
             if interrupt is not None:
                 interrupt(served, count)
-            served.step()
+            assert [output.error for output in served.step() if output.error] == []
             count += 1
     answers = {}
     for name in prompts:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -162,3 +164,13 @@ def test_native_and_python_agree_on_every_answer(seed):
         for count in ("num_free", "num_cached", "num_used", "num_available"):
             assert getattr(pools[0], count) == getattr(pools[1], count)
     both("clear")
+
+
+def test_without_the_native_module_the_twin_takes_over_and_says_why():
+    code = (
+        "import sys; sys.modules['kvkeye._host'] = None\n"
+        "from kvkeye import host, _host_py\n"
+        "assert host.IMPLEMENTATION == 'python' and host.BlockPool is _host_py.BlockPool\n"
+        "assert 'C++ compiler' in host.REASON"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -135,6 +137,12 @@ def test_a_stop_string_cuts_the_text_and_ends_the_row():
     assert cut.token_ids == full.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < 40
 
 
+def test_a_stop_string_in_the_last_token_allowed_still_counts():
+    text = answer(engine(), sampling=greedy(12)).outputs[0].text
+    cut = answer(engine(), sampling=greedy(12, stop=text[-2:])).outputs[0]
+    assert (cut.text + cut.stop_reason, cut.finish_reason) == (text[: text.index(text[-2:]) + 2], "stop")
+
+
 def test_stop_tokens_end_the_row_unseen():
     full = answer(engine(), sampling=greedy(20)).outputs[0]
     token = full.token_ids[7]
@@ -152,6 +160,20 @@ def test_streamed_snapshots_only_grow():
         seen += [output.outputs[0].text for output in served.step()]
     assert all(now.startswith(before) for before, now in itertools.pairwise(seen))
     assert seen[-1] == answer(engine(), sampling=greedy(40)).outputs[0].text
+
+
+def test_pixels_go_with_their_request():
+    served, ready = engine(), prompt(1, 9, picture(1, (1, 2, 2)))
+    pixels = weakref.ref(ready.media[0].pixel_values)
+    gc.disable()
+    try:
+        served.add("a", ready, greedy(3))
+        del ready
+        assert pixels() is not None
+        output = run(served)["a"]
+        assert output.finished and pixels() is None
+    finally:
+        gc.enable()
 
 
 def test_logprobs_are_those_of_the_logits():
