@@ -144,11 +144,25 @@ KVKEYE_INLINE Vf fma(Vf a, Vf b, Vf c) {
 #endif
 }
 
+// a > b ? a : b and a < b ? a : b, so b where one is a NaN; in one instruction, which the compiler does not
+// find.
 KVKEYE_INLINE Vf max(Vf a, Vf b) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   return a > b ? a : b;
+#endif
 }
 KVKEYE_INLINE Vf min(Vf a, Vf b) {
+#if defined(__AVX512F__)
+  return (Vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
   return a < b ? a : b;
+#endif
 }
 
 // Sum and maximum over the lanes, halving each time (lane i meets lane i + half): one order for each
@@ -187,8 +201,8 @@ KVKEYE_INLINE float largest(Vf value) {
 // 5e-9), and 2^n applied in two halves so that subnormal results are reached. exp(-inf) = 0, exp(inf) = inf,
 // NaN stays.
 KVKEYE_INLINE Vf exp(Vf x) {
-  const Vf clamped = max(min(x, splat(89.0f)), splat(-104.0f));
-  const Vf magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  const Vf clamped = max(splat(-104.0f), min(splat(89.0f), x)); // in this order a NaN passes
+  const Vf magic = splat(12582912.0f);                          // 1.5 * 2^23: adding it rounds to an integer
   const Vf n = fma(clamped, splat(1.44269504088896341f), magic) - magic;
   Vf r = fma(n, splat(-0.693359375f), clamped);
   r = fma(n, splat(2.12194440054690583e-4f), r);
@@ -199,10 +213,13 @@ KVKEYE_INLINE Vf exp(Vf x) {
   p = fma(p, r, splat(1.0f / 6.0f));
   p = fma(p, r, splat(0.5f));
   p = fma(p * r, r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return (Vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
   const Vi exponent = __builtin_convertvector(n, Vi);
   const Vi low = exponent >> 1;
-  const Vf result = p * (Vf)((low + 127) << 23) * (Vf)((exponent - low + 127) << 23);
-  return x == x ? result : x;
+  return p * (Vf)((low + 127) << 23) * (Vf)((exponent - low + 127) << 23);
+#endif
 }
 
 // Lanes from `count` on made zero: a partial load reads zeros there, but arithmetic may have changed them.
