@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -71,9 +70,7 @@ def check_dimensions(height: int, width: int, limits: MediaLimits, where: str) -
 def _open(data: bytes, limits: MediaLimits, where: str) -> Image.Image:
     """Header only; pixels are decoded by `load`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise MediaError(
             f"{where}: a picture of more than {limits.max_image_pixels} pixels. Scale it down first."

@@ -21,15 +21,16 @@ def patchify(groups: Sequence[Frame], patch_size: int, mean: Sequence[float], st
     """
     counts = [g.shape[0] * (g.shape[1] // patch_size) * (g.shape[2] // patch_size) for g in groups]
     out = torch.empty(sum(counts), 3 * patch_size**2)
-    shift, scale = torch.tensor(mean), torch.tensor(std)
     start = 0
     for group, count in zip(groups, counts):
         t, height, width, _ = group.shape
-        x = torch.from_numpy(np.require(group, requirements=["C", "W"])).float().div_(255).sub_(shift).div_(scale)
+        x = torch.from_numpy(np.require(group, requirements=["C", "W"]))
         x = x.view(t, height // patch_size, patch_size, width // patch_size, patch_size, 3)
         x = x.permute(0, 1, 3, 5, 2, 4)  # [t, gh, gw, 3, patch, patch]
         out[start : start + count].view(x.shape).copy_(x)
         start += count
+    shift, scale = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
+    out.view(-1, 3, patch_size**2).div_(255).sub_(shift).div_(scale)
     return out
 
 

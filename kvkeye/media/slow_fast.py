@@ -19,8 +19,8 @@ _HUE_STEPS = 180  # hue in steps of two degrees
 _BITS = 12  # fixed-point digits of the reciprocal tables
 
 
-def _reciprocals(numerator: float) -> npt.NDArray[np.int64]:
-    table = np.zeros(256, np.int64)
+def _reciprocals(numerator: float) -> npt.NDArray[np.int32]:
+    table = np.zeros(256, np.int32)
     table[1:] = np.rint((1 << _BITS) * numerator / np.arange(1, 256))
     return table
 
@@ -31,7 +31,7 @@ _HUE = _reciprocals(_HUE_STEPS / 6.0)
 
 def to_hsv(frame: Frame) -> Frame:
     """RGB to HSV in OpenCV's 8-bit convention (hue 0..179, its fixed-point rounding). uint8 [H, W, 3] both."""
-    rgb = frame.astype(np.int64)
+    rgb = frame.astype(np.int32)
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     value = rgb.max(-1)
     spread = value - rgb.min(-1)
