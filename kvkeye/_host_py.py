@@ -61,9 +61,7 @@ class BlockPool:
         if count < 0:
             raise ValueError(f"BlockPool.allocate: count is {count}; expected at least 0")
         if count > self.num_available:
-            raise RuntimeError(
-                f"BlockPool.allocate: asked for {count} blocks; {self.num_available} are available"
-            )
+            raise RuntimeError(f"BlockPool.allocate: asked for {count} blocks; {self.num_available} are available")
         if count > len(self._free):
             self.evict(count - len(self._free))
         blocks = [self._free.pop() for _ in range(count)]

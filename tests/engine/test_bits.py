@@ -102,10 +102,8 @@ def test_other_version_and_dtype(version, dtype):
 
 def test_the_media_are_seen():
     """The comparison above would hold for a model that ignores its pictures."""
-    one, other = (
-        logits_of(served_by(), {"a": functools.partial(prompt, 4, 21, picture(seed, (1, 6, 10)))})["a"]
-        for seed in (1, 9)
-    )
+    prompts = (functools.partial(prompt, 4, 21, picture(seed, (1, 6, 10))) for seed in (1, 9))
+    one, other = (logits_of(served_by(), {"a": build})["a"] for build in prompts)
     assert not torch.equal(one[0], other[0])
 
 
