@@ -105,7 +105,7 @@ setup(
     + [f"kvkeye.triton_kernels{name}" for name in triton_packages],
     package_dir={"kvkeye": "kvkeye", "kvkeye.triton_kernels": "triton_kernels"},
     package_data={
-        "kvkeye": ["py.typed", "*.pyi", "assets/**/*", "serve/**/*.html"],
+        "kvkeye": ["py.typed", "*.pyi", "assets/**/*", "serve/**/*.html", "train/recipes/*.toml"],
         "kvkeye.triton_kernels": ["**/*.json"],
     },
     ext_modules=[Extension("kvkeye._native", native_sources())],

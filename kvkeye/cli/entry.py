@@ -58,8 +58,8 @@ def _run(name: str, words: list[str]) -> int:
     module.configure(parser)
     arguments = parser.parse_intermixed_args(words)
     try:
-        logs.configure(quiet=name != "train")
-        code: int = module.run(arguments)
+        with logs.shown("info" if name == "train" else ""):
+            code: int = module.run(arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

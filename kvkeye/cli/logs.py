@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvkeye import env
 
-_HANDLER = "kvkeye-cli"
 # Level of each logger by the value of KVKEYE_LOG.
 _LEVELS = {
     "": {"kvkeye": logging.WARNING},
@@ -16,16 +17,21 @@ _LEVELS = {
 }
 
 
-def configure(quiet: bool) -> None:
-    """Sends the library's log to stderr. `quiet` hides what is only information unless KVKEYE_LOG says otherwise."""
-    wanted = env.LOG.get() or ("" if quiet else "info")
-    root = logging.getLogger("kvkeye")
-    for old in [handler for handler in root.handlers if handler.get_name() == _HANDLER]:
-        root.removeHandler(old)
+@contextmanager
+def shown(default: str = "") -> Iterator[None]:
+    """Within the block the library's log goes to stderr. `default` stands for an unset KVKEYE_LOG. Raises EnvError."""
+    wanted = env.LOG.get() or default
     handler = logging.StreamHandler()
-    handler.set_name(_HANDLER)
-    layout = "%(message)s" if wanted in ("", "info") else "%(asctime)s %(name)s %(levelname)s %(message)s"
+    plain = wanted in ("", "info")
+    layout = "%(message)s" if plain else "%(asctime)s %(name)s %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(layout))
-    root.addHandler(handler)
+    before = {name: logging.getLogger(name).level for name in _LEVELS[wanted]}
+    logging.getLogger("kvkeye").addHandler(handler)
     for name, level in _LEVELS[wanted].items():
         logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        logging.getLogger("kvkeye").removeHandler(handler)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

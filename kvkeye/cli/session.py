@@ -10,10 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvkeye import env
 from kvkeye.cli import options
 from kvkeye.cli.bundled import model_files
-from kvkeye.cli.exits import INTERNAL, CommandError
+from kvkeye.cli.exits import ENVIRONMENT, INTERNAL, USAGE, CommandError
 from kvkeye.cli.terminal import stage
+from kvkeye.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvkeye.engine import LLM, RequestOutput, SamplingParams
@@ -63,15 +65,25 @@ def open_session(arguments: argparse.Namespace, model: Path) -> Iterator[Session
     with model_files():
         KeyeConfig.from_folder(model)
     with stage(f"loading {model.name}"):
-        from kvkeye import LLM, ops
+        from kvkeye import LLM
 
-        if config.backends:
-            with ops.use_backends(config.backends):
-                pass  # raises where the order names something unknown
+        _check_backends(config.backends)
         with model_files():
             llm = LLM(**asdict(config))
     with llm:
         yield Session(llm, options.sampling(arguments, llm.engine.default_sampling()), arguments.mode)
+
+
+def _check_backends(asked: str) -> None:
+    """Refuses an order that names something unknown, be it from the command line or from the environment."""
+    from kvkeye import ops
+
+    for order, code in ((asked, USAGE), (env.BACKENDS.get(), ENVIRONMENT)):
+        try:
+            with ops.use_backends(order or "eager"):
+                pass
+        except ConfigError as error:
+            raise CommandError(str(error), code) from error
 
 
 def statistics(output: RequestOutput) -> dict[str, Any]:

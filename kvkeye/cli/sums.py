@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,19 +166,20 @@ def _media_size(name: str, frames: int, size: tuple[int, int], tokens: int, leas
 
 
 def vision_bytes(vision: VisionConfig, patches: int, itemsize: int) -> int:
-    """Peak of the tower: the residual stream and what the wider half of a block holds, beside pixels and angles."""
+    """Peak of the tower: pixels, angles, and what the wider half of a block holds at one time."""
     d = vision.hidden_size
-    # Attention: input, its norm, qkv, rotated q and k, output. Feed-forward: input, norm, both sides of the GELU.
-    elements = max(8 * d, 2 * d + 2 * vision.intermediate_size)
-    pixels = vision.patch_dim * (_PIXEL_BYTES + (itemsize if itemsize != _PIXEL_BYTES else 0))
-    angles = 2 * (vision.head_dim // 2) * 4  # cos and sin, fp32
-    return patches * (elements * itemsize + pixels + angles)
+    attention = 9 * d  # stream, its norm, qkv, rotated q and k, v, output
+    feed_forward = 3 * d + 2 * vision.intermediate_size  # stream before and after attention, norm, both sides of GELU
+    pixels = vision.patch_dim * _PIXEL_BYTES
+    angles = vision.head_dim * 4  # cos and sin, fp32
+    return patches * (max(attention, feed_forward) * itemsize + pixels + angles)
 
 
 def step_bytes(text: TextConfig, tokens: int, rows: int, itemsize: int) -> int:
-    """Peak of a forward pass: activations of its wider half, and the logits of the rows that draw a token."""
+    """Peak of a forward pass: what the wider half of a layer holds at one time, and the logits of the drawn rows."""
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    attention = 2 * text.hidden_size + (q + 2 * kv) + 2 * q
-    feed_forward = 2 * text.hidden_size + 3 * text.intermediate_size
+    stream = 5 * text.hidden_size  # embeddings; residual stream and its addend, before and after
+    attention = (q + 2 * kv) + 2 * q  # qkv, rotated q, output
+    feed_forward = 3 * text.intermediate_size  # gate and up, their product
     logits = min(rows, tokens) * text.vocab_size * (itemsize + 4)  # sampling works in fp32
-    return math.ceil(tokens * max(attention, feed_forward) * itemsize + logits)
+    return tokens * (stream + max(attention, feed_forward)) * itemsize + logits
