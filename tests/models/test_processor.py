@@ -15,7 +15,7 @@ from kvkeye.models.keye.config import KeyeConfig
 from kvkeye.models.keye.positions import mrope_positions
 from kvkeye.models.keye.preprocessor import Preprocessor
 from kvkeye.models.keye.processor import KeyeProcessor
-from tests.models.folder import IDS, config, preprocessor, tokenizer, write_folder
+from tests.models.folder import IDS, TEMPLATE, config, preprocessor, tokenizer, write_folder
 from tests.samples import clip, photo
 
 VERSIONS = ("preview", "1.5")
@@ -278,3 +278,20 @@ def test_processing_is_safe_from_threads(processors):
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: processors["preview"].process(messages), range(8)))
     assert all(r.token_ids == expected.token_ids and r.media[0].key == expected.media[0].key for r in results)
+
+
+def test_the_prompt_is_what_transformers_renders(processors, folders):
+    """Template and tokenizer of the folder through an independent library."""
+    from transformers import PreTrainedTokenizerFast
+
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(folders["preview"] / "tokenizer.json"))
+    messages = [
+        {"role": "system", "content": "Be brief.\n\n"},
+        {"role": "user", "content": "  What is\n\n2+2?  "},
+        {"role": "assistant", "content": "<think>easy</think>4"},
+        {"role": "user", "content": "\nÜber 3 🙂/no_think"},
+    ]
+    expected = reference.apply_chat_template(
+        messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
+    )
+    assert processors["preview"].process(messages).token_ids == expected
