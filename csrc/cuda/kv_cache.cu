@@ -24,14 +24,16 @@ template <class Word> __global__ void append_kv_kernel(AppendKvParams p) {
     return;
   if (slot >= p.slots)
     __trap();
-  const int64_t words = p.row_bytes / (int64_t)sizeof(Word), per_side = p.heads * words;
-  for (int64_t i = threadIdx.x; i < 2 * per_side; i += blockDim.x) {
-    const int side = i >= per_side;
-    const int64_t head = i % per_side / words, word = i % words;
-    const int64_t row = (slot / p.block_size * p.heads + head) * p.block_size + slot % p.block_size;
-    const char* source = p.source[side] + token * p.token_stride[side] + head * p.head_stride[side];
-    char* target = p.cache[side] + row * p.row_bytes;
-    reinterpret_cast<Word*>(target)[word] = reinterpret_cast<const Word*>(source)[word];
+  const int64_t words = p.row_bytes / (int64_t)sizeof(Word);
+  const int64_t first_row = slot / p.block_size * p.heads * p.block_size + slot % p.block_size;
+#pragma unroll // an index known only at run time would move the params to local memory
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t i = threadIdx.x; i < p.heads * words; i += blockDim.x) {
+      const int64_t head = i / words, word = i % words;
+      const char* source = p.source[side] + token * p.token_stride[side] + head * p.head_stride[side];
+      char* target = p.cache[side] + (first_row + head * p.block_size) * p.row_bytes;
+      reinterpret_cast<Word*>(target)[word] = reinterpret_cast<const Word*>(source)[word];
+    }
   }
 }
 

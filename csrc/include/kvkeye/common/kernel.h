@@ -12,7 +12,6 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
-#define KVKEYE_FOR_EACH_ISA(X) X(generic) X(avx2) X(avx512)
 #define KVKEYE_FORWARD(name)                                                                                 \
   switch (active_isa().isa) {                                                                                \
   case Isa::avx512:                                                                                          \
@@ -23,7 +22,6 @@
     return generic::name(params, begin, end);                                                                \
   }
 #else
-#define KVKEYE_FOR_EACH_ISA(X) X(generic)
 #define KVKEYE_FORWARD(name) generic::name(params, begin, end);
 #endif
 
