@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -191,3 +193,8 @@ def test_folders(tmp_path):
             KeyeConfig.from_folder(tmp_path)
     path.write_text(json.dumps(PREVIEW))
     assert KeyeConfig.from_folder(tmp_path) == KeyeConfig.from_dict(PREVIEW)
+
+
+def test_reading_a_configuration_costs_no_torch():
+    code = "import sys, kvkeye.models.keye.config, kvkeye.models.keye.parsing; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 REASONING_TAGS = ("analysis", "think")
 _OPENING = {f"<{name}>": f"</{name}>" for name in (*REASONING_TAGS, "answer")}
 _OUTSIDE = (*_OPENING, *_OPENING.values())
+_LONGEST = max(map(len, _OUTSIDE))
 _ANSWER_END = "</answer>"
 SEPARATOR = "\n"  # between two bodies of one kind
 
@@ -22,18 +23,18 @@ class _Channel:
         self.space = ""
         self.after_tag = False
         self.started = False
-        self.delta = ""
+        self.delta: list[str] = []
 
     def write(self, text: str) -> None:
         body = text.lstrip() if self.after_tag else text
         if not body:
             return
         if self.after_tag:
-            self.delta += SEPARATOR if self.started else ""
+            self.delta += [SEPARATOR] if self.started else []
             self.after_tag = False
         stripped = body.rstrip()
         if stripped:
-            self.delta += self.space + stripped
+            self.delta += (self.space, stripped)
             self.space = ""
             self.started = True
         self.space += body[len(stripped) :]
@@ -43,11 +44,12 @@ class _Channel:
         self.after_tag = True
 
     def end(self) -> None:
-        self.delta += self.space
+        self.delta.append(self.space)
         self.space = ""
 
     def take(self) -> str:
-        delta, self.delta = self.delta, ""
+        delta = "".join(self.delta)
+        self.delta = []
         return delta
 
 
@@ -70,24 +72,24 @@ class OutputParser:
         """(new reasoning, new content)."""
         if self.raw:
             return "", text
-        self.pending += text
-        tags = (self.closing,) if self.closing is not None else _OUTSIDE
-        while self.pending:
-            at = self.pending.find("<")
-            if at < 0:
-                at = len(self.pending)
-            self._channel().write(self.pending[:at])
-            self.pending = self.pending[at:]
-            tag = next((tag for tag in tags if self.pending.startswith(tag)), None)
+        text = self.pending + text
+        at = 0
+        while at < len(text):
+            start = text.find("<", at)
+            start = len(text) if start < 0 else start
+            self._channel().write(text[at:start])
+            at = start
+            tags = _OUTSIDE if self.closing is None else (self.closing,)
+            tag = next((tag for tag in tags if text.startswith(tag, at)), None)
             if tag is not None:
-                self.pending = self.pending[len(tag) :]
                 self._switch(tag)
-                tags = (self.closing,) if self.closing is not None else _OUTSIDE
-            elif any(tag.startswith(self.pending) for tag in tags):
+                at += len(tag)
+            elif len(text) - at < _LONGEST and any(tag.startswith(text[at:]) for tag in tags):
                 break
             else:
-                self._channel().write(self.pending[:1])
-                self.pending = self.pending[1:]
+                self._channel().write(text[at : at + 1])
+                at += 1
+        self.pending = text[at:]
         return self.reasoning.take(), self.content.take()
 
     def finish(self) -> tuple[str, str]:
