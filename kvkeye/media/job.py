@@ -49,6 +49,7 @@ class Job:
     """One item's options under one checkpoint's settings and one server's limits; `where` names it in errors.
 
     `check_tokens` is called with the number of language tokens as soon as sizes are known; it raises to refuse.
+    A clip whose options leave its cost open is shrunk to `room` tokens where the published rule would exceed them.
     """
 
     options: MediaOptions
@@ -56,9 +57,13 @@ class Job:
     limits: MediaLimits
     where: str
     check_tokens: Callable[[int], None]
+    room: int | None = None
 
     def limit(self, name: str, most: float) -> None:
         self.options.limit(name, most, self.where)
+
+    def must_shrink(self, tokens: int) -> bool:
+        return self.room is not None and tokens > self.room and not self.options.sets_cost
 
     def given_size(self, max_pixels: float) -> tuple[int, int] | None:
         """resized_height and resized_width where given, kept under `max_pixels`."""

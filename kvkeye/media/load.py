@@ -37,15 +37,17 @@ def load_media(
     limits: MediaLimits,
     where: str,
     check_tokens: Callable[[int], None] = _any_number,
+    room: int | None = None,
 ) -> LoadedMedia:
     """Reads, checks, samples and resizes one item.
 
     Args     source        picture: see `load_image`; clip: path, URI, bytes, list of pictures, or an array of frames
              where         how error messages call this item
              check_tokens  called with the number of language tokens as soon as sizes are known; raises to refuse
+             room          tokens into which a clip is shrunk if its options leave its cost open
     Raises   MediaError, RequestError
     """
-    job = Job(options, settings, limits, where, check_tokens)
+    job = Job(options, settings, limits, where, check_tokens, room)
     if kind == "image":
         return _load_picture(source, job)
     load = load_preview_clip if settings.version == "preview" else load_slow_fast_clip

@@ -76,6 +76,21 @@ class MediaOptions:
             if a is not None and b is not None and a > b:
                 raise RequestError(f"{where}: {low}={a} is above {high}={b}; lower it.", param=low)
 
+    @property
+    def sets_cost(self) -> bool:
+        """True where the request itself says how many frames or pixels of a clip it wants."""
+        names = (
+            "fps",
+            "nframes",
+            "min_frames",
+            "max_frames",
+            "min_pixels",
+            "max_pixels",
+            "total_pixels",
+            "resized_height",
+        )
+        return any(getattr(self, name) is not None for name in names)
+
     def limit(self, name: str, most: float, where: str) -> None:
         """Raises `RequestError` where option `name` is above what the model or the server allows."""
         value = getattr(self, name)

@@ -376,3 +376,35 @@ def test_hidden_frames_are_planned_around(settings):
     assert len(frames) == (24 if settings is PREVIEW else 25)
     levels = [float(f.mean()) for f in frames]
     assert levels[0] < 4 and levels[-1] > 112
+
+
+# Room in the context
+
+
+@pytest.mark.parametrize(
+    ("room", "shape"),
+    [
+        (4600, (20, 280, 644)),  # the published rule just fits
+        (4000, (20, 252, 588)),  # 200 tokens per frame: sides over 1.054, floored to 28
+        (2000, (14, 196, 504)),  # 14 frames of 134 tokens, the least there is
+    ],
+)
+def test_a_preview_clip_is_shrunk_to_the_room(room, shape, caplog):
+    plain = MediaOptions()
+    item = load_media("video", clip("bikes.mp4"), plain, PREVIEW, LIMITS, "item", room=room)
+    frames, height, width, _ = item.groups[0].shape
+    assert (frames, height, width) == shape and frames * height * width // 784 <= room
+    assert item.seconds_per_grid == pytest.approx(250 / frames / 25)
+    assert ("item: 4600 tokens by the checkpoint's rule" in caplog.text) == (room < 4600)
+
+
+def test_a_1_5_clip_is_shrunk_to_the_room(caplog):
+    item = load_media("video", clip("bikes.mp4"), MediaOptions(), FAST, LIMITS, "item", room=1500)
+    assert "".join(map(str, item.frame_types)) == "01100000001011100110"
+    assert sum(g.shape[1] * g.shape[2] // 784 for g in item.groups) <= 1500
+    assert "3240 tokens" in caplog.text
+
+
+def test_a_request_that_sets_its_cost_is_not_shrunk():
+    options = MediaOptions.parse("video", {"fps": 2.0}, "item")
+    assert load_media("video", clip("bikes.mp4"), options, PREVIEW, LIMITS, "item", room=10).groups[0].shape[0] == 20

@@ -295,3 +295,20 @@ def test_the_prompt_is_what_transformers_renders(processors, folders):
         messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
     )
     assert processors["preview"].process(messages).token_ids == expected
+
+
+def test_a_long_clip_fits_the_context_and_keeps_its_size_from_turn_to_turn(processors):
+    question = ask("What happens?", video(clip("bigbuckbunny.mp4")))
+    prompt = processors["preview"].process(question)
+    (item,) = prompt.media
+    assert item.num_tokens == 10 * 20 * 36  # 7200 of 8192 tokens: as published
+    small = KeyeProcessor(
+        processors["preview"].config, tokenizer(), processors["preview"].template, processors["preview"].preprocessor
+    )
+    small.max_tokens = 4096
+    first = small.process(question)
+    later = small.process([*question, {"role": "assistant", "content": "A rabbit."}, *ask("And then?" * 9)])
+    assert first.media[0].num_tokens <= 0.9 * 4096
+    assert first.media[0].key == later.media[0].key and first.media[0].grids == later.media[0].grids
+    with pytest.raises(RequestError, match=r"needs 7\d{3} tokens; the context holds 4096"):
+        small.process(ask("What happens?", video(clip("bigbuckbunny.mp4"), fps=2)))

@@ -191,19 +191,21 @@ class KeyeProcessor:
         inputs: list[MediaInput] = []
         queues = {kind: iter([item for item in media if item.kind == kind]) for kind in self._pads}
         kinds = {pad: kind for kind, pad in self._pads.items()}
+        # Independent of the text, so that a clip keeps its size, and its cached features, from turn to turn.
+        room = int(0.9 * self.max_tokens) // max(sum(item.kind == "video" for item in media), 1)
         for token in ids:
             kind = kinds.get(token)
             if kind is None:
                 out.append(token)
             else:
-                inputs.append(self._load(next(queues[kind]), len(ids), out))
+                inputs.append(self._load(next(queues[kind]), len(ids), room, out))
         self._check_length(len(out))
         blocks = [(start, grid) for item in inputs for (start, _), grid in zip(item.spans, item.blocks)]
         vision = self.config.vision
         positions, delta = mrope_positions(len(out), blocks, vision.spatial_merge_size, vision.tokens_per_second)
         return ProcessedPrompt(out, positions, delta, inputs)
 
-    def _load(self, item: MediaItem, num_text: int, out: list[int]) -> MediaInput:
+    def _load(self, item: MediaItem, num_text: int, room: int, out: list[int]) -> MediaInput:
         """Reads one item and appends its tokens to `out`."""
         used = len(out)
         loaded = load_media(
@@ -214,6 +216,7 @@ class KeyeProcessor:
             self.limits,
             item.where,
             lambda tokens: self._check_length(max(used, num_text) + tokens),
+            room,
         )
         vision = self.config.vision
         patch = vision.patch_size
