@@ -285,10 +285,9 @@ def test_on_every_instruction_set(isa: str) -> None:
     if torch.ops.kvkeye_cpu.cpu_isa() == isa:
         pytest.skip(f"{isa} is the one that the other tests of this file run on")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, cwd=Path(__file__).resolve().parents[2], env=os.environ | {"KVKEYE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    environment = os.environ | {"KVKEYE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     if "does not support it" in child.stdout:
         pytest.skip(f"this CPU has no {isa}")
     assert child.returncode == 0, child.stdout[-3000:]
