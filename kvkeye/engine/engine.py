@@ -113,7 +113,9 @@ class Engine:
         processor = KeyeProcessor.from_folder(config.model)
         model = load_model(config.model, dtype, device)
         logger.info("%s: %s on %s", config.model, dtype, device)
-        return cls(config, model, processor, OutputParser)
+        engine = cls(config, model, processor, OutputParser)
+        processor.max_tokens = engine.max_model_len  # refused before media are decoded, not after
+        return engine
 
     # Requests
 

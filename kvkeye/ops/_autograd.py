@@ -117,7 +117,7 @@ def _differentiate_body(op: "Op", gradients: Sequence[str], upstream: Sequence[T
         return op.reference(*given)
 
     # torch.func brings its own autograd: the ordinary one is switched off inside a kernel.
-    result, pull = torch.func.vjp(body, *(given[p] for p in positions))
+    result, pull = torch.func.vjp(body, *(given[p] for p in positions))  # type: ignore[misc]  # annotated with the has_aux form
     results = result if isinstance(result, tuple) else (result,)
     cotangents = tuple(g.to(r.dtype) for r, g in zip(results, upstream))
     found = pull(cotangents if isinstance(result, tuple) else cotangents[0])
