@@ -18,6 +18,8 @@ from kvkeye.train.data import MAX_PIXELS, MIN_PIXELS
 from kvkeye.train.tokenizer import build_tokenizer, tokenizer_config
 
 STATE = "state.pt"
+# Clips read from files: frames as small and clips as short as those of training.
+CLIPS = {"min_pixels": MIN_PIXELS, "max_pixels": 25088, "max_frames": 8}
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -44,7 +46,9 @@ def model_config(sizes: dict[str, Any]) -> dict[str, Any]:
     tokenizer = build_tokenizer()
 
     def token(text: str) -> int:
-        return int(tokenizer.token_to_id(text))
+        found = tokenizer.token_to_id(text)
+        assert found is not None, f"{text} belongs to the bundled tokenizer"
+        return int(found)
 
     sizes = dict(sizes)
     vision = {
@@ -84,7 +88,7 @@ def preprocessor_config() -> dict[str, Any]:
         "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "max_pixels": MAX_PIXELS,
         "merge_size": 2, "min_pixels": MIN_PIXELS, "patch_size": 14, "processor_class": "KeyeProcessor",
-        "resample": 3, "rescale_factor": 1 / 255, "temporal_patch_size": 1,
+        "resample": 3, "rescale_factor": 1 / 255, "temporal_patch_size": 1, "kvkeye_video": CLIPS,
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """From scenes to packed batches: rendering, patches, chat text, positions, targets.
 
-`batch(settings, seed, step)` is a pure function, so the order of the data is known from (seed, step) alone and a
-resumed run sees the same batches. Prompts are the checkpoint's own chat template rendered turn by turn; a test holds
+`batch(mixture, encoder, seed, step)` is a pure function: seed and step give the data, so a resumed run sees the same
+batches. Prompts are the checkpoint's own chat template rendered turn by turn; a test holds
 them equal to what the processor renders for serving.
 """
 
@@ -27,7 +27,7 @@ from kvkeye.train.scenes import Kind, Scene, Split, sample_scene
 PATCH = 14
 MERGE = 2
 MIN_PIXELS = 3136
-MAX_PIXELS = 1003520
+MAX_PIXELS = 100352
 SECONDS_PER_GRID = 0.5
 _SHORT_TASKS = ("color", "shape", "count", "position", "background", "motion", "word", "digits")
 
@@ -255,9 +255,9 @@ def _chats(scene: Scene, rng: random.Random, mixture: Mixture) -> list[list[Turn
     return suffix
 
 
-def batch(mixture: Mixture, encoder: ChatEncoder, seed: int, step: int, split: Split = "train") -> Batch:
-    """The batch of one step: a pure function of the mixture, the seed and the step."""
-    rng = random.Random(f"{seed}/{step}")
+def batch(mixture: Mixture, encoder: ChatEncoder, seed: int, step: int, rank: int = 0, split: Split = "train") -> Batch:
+    """The batch of one step in one process: a pure function of the mixture, the seed, the step and the rank."""
+    rng = random.Random(f"{seed}/{step}/{rank}")
     names: list[Kind] = [k for k in mixture.kinds]  # type: ignore[misc]
     media: list[Media] = []
     chats: list[Chat] = []
@@ -294,6 +294,6 @@ def pack_single(
 ) -> Batch:
     """Single-turn chats, one per scene, as a service would see them; `answers` replaces the canonical answer tokens."""
     media = [media_of(scene, blind) for scene, _ in items]
-    given = answers or [None] * len(items)
+    given: list[list[int] | None] = [*answers] if answers else [None] * len(items)
     chats = [encoder.chat([turn], m, i, ids) for i, ((_, turn), m, ids) in enumerate(zip(items, media, given))]
     return pack(media, chats)

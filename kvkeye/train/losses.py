@@ -38,7 +38,8 @@ def answer_logits(model: KeyeModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the answer tokens of the batch."""
-    return -ops.token_logprobs(logits, batch.targets).mean()
+    mean: Tensor = ops.token_logprobs(logits, batch.targets).mean()
+    return -mean
 
 
 def patch_loss(scores: tuple[Tensor, ...], labels: Tensor, empty_weight: float = 0.1) -> Tensor:

@@ -205,7 +205,7 @@ def corpus() -> list[str]:
     names = [*COLORS, *SHAPES, *BACKGROUNDS, *DIRECTIONS, *POSITIONS, *ROWS]
     texts += names + [f" {name}" for name in names] + [f" {shape}s" for shape in SHAPES] + list(_NUMBERS)
     texts.append("There is are on a background. A is at the moves stays. An is.")
-    texts.append("No text is written in the picture. The text")
+    texts.append(" No text is written in the picture. The text")
     for text in (None, ""):
         things = [{"color": "red", "shape": "star", "position": "top left"}] * 2
         texts.append(json.dumps({"background": "white", "objects": things, "text": text}))

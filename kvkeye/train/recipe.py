@@ -41,11 +41,15 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Stage:
-    """From step `start` on: this mixture of data, and this weight of the patch loss."""
+    """From step `start` on: this mixture of data, and this weight of the patch loss.
+
+    With `answers` false only the vision tower runs and learns, from the patch loss alone.
+    """
 
     start: int
     mixture: Mixture
     patch_weight: float = 0.0
+    answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Recipe:
     model: dict[str, Any]
     stages: tuple[Stage, ...]
     seed: int = 0
+    processes: int = 1
     optimizer: Optimizer = field(default_factory=Optimizer)
     backends: str = ""
     save_every: int = 200

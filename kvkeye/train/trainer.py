@@ -1,4 +1,4 @@
-"""The training loop: supervised fine-tuning over packed chats. One process; data from a worker process.
+"""The training loop: supervised fine-tuning over packed chats, in one process or several, data from worker processes.
 
 A run is a function of its recipe: batches come from (seed, step), there is no dropout, and the whole state is saved,
 so an interrupted run continues to the same bits.
@@ -12,7 +12,7 @@ import multiprocessing
 import pickle
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +30,7 @@ from kvkeye.train.data import Batch, ChatEncoder, batch
 from kvkeye.train.evaluate import exact_turns
 from kvkeye.train.losses import PatchHead, answer_logits, next_token_loss, patch_loss
 from kvkeye.train.optimizer import Updater
+from kvkeye.train.parallel import average_gradients, launch, total, world_size
 from kvkeye.train.recipe import Recipe
 from kvkeye.train.tokenizer import build_tokenizer
 
@@ -62,13 +63,13 @@ def _smooth_table(side: int, size: int) -> Tensor:
     return 0.3 * torch.cat([rows, columns], -1)
 
 
-def _produce(connection: Any, recipe: Recipe, start: int) -> None:
+def _produce(connection: Any, recipe: Recipe, start: int, rank: int) -> None:
     """Worker: sends the batches of steps start, start + 1, ... until the other end closes."""
     torch.set_num_threads(1)
     encoder = ChatEncoder(build_tokenizer())
     try:
         for step in range(start, recipe.steps):
-            made = batch(recipe.stage(step).mixture, encoder, recipe.seed, step)
+            made = batch(recipe.stage(step).mixture, encoder, recipe.seed, step, rank)
             plain = {f.name: getattr(made, f.name) for f in fields(made)}
             arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in plain.items()}
             connection.send_bytes(pickle.dumps(arrays))
@@ -76,17 +77,18 @@ def _produce(connection: Any, recipe: Recipe, start: int) -> None:
         pass
 
 
-def batches(recipe: Recipe, start: int) -> Iterator[Batch]:
+def batches(recipe: Recipe, start: int, rank: int = 0) -> Generator[Batch, None, None]:
     """The batches from step `start` on, made ahead of time by a worker process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_produce, args=(sender, recipe, start), daemon=True)
+    worker = context.Process(target=_produce, args=(sender, recipe, start, rank), daemon=True)
     worker.start()
     sender.close()
     try:
         for _ in range(start, recipe.steps):
             plain = pickle.loads(receiver.recv_bytes())
-            yield Batch(**{k: torch.from_numpy(v) if hasattr(v, "dtype") else v for k, v in plain.items()})
+            found: dict[str, Any] = {k: torch.from_numpy(v) if hasattr(v, "dtype") else v for k, v in plain.items()}
+            yield Batch(**found)
     finally:
         receiver.close()
         worker.terminate()
@@ -109,17 +111,43 @@ class Trainer:
         self.step = 0
 
     def train_step(self, data: Batch) -> dict[str, float]:
-        """One update. Returns losses and the exact-match rate per task, as strings to numbers."""
+        """One update. Returns the losses, the gradients' norm and the exact-match rate per task."""
+        answered = self.recipe.stage(self.step).answers
+        share = len(data.targets) * world_size() / total(len(data.targets)) if answered else 1.0
+        loss, report = self.loss_of(data, share)
+        loss.backward()
+        average_gradients([p for _, p in self.named])
+        return {**report, "norm": self.update()}
+
+    def loss_of(self, data: Batch, share: float = 1.0) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a batch at the current stage, and what to report.
+
+        `share` is this process's answer tokens over the mean of all processes: with it the mean over the processes
+        is the mean over all answer tokens.
+        """
         stage = self.recipe.stage(self.step)
-        logits, features = answer_logits(self.model, data)
-        loss = next_token_loss(logits, data)
-        patches = patch_loss(self.head(features), data.labels) if stage.patch_weight else loss.new_zeros(())
-        (loss + stage.patch_weight * patches).backward()  # type: ignore[no-untyped-call]
+        report: dict[str, float] = {}
+        if stage.answers:
+            logits, features = answer_logits(self.model, data)
+            loss = next_token_loss(logits, data)
+            report |= {"loss": loss.item(), **exact_match(logits.detach(), data)}
+            loss = loss * share
+        else:
+            features = self.model.visual(data.pixel_values(self.model.dtype), data.grids)
+            loss = features.new_zeros(())
+        if stage.patch_weight:
+            scores = self.head(features)
+            patches = patch_loss(scores, data.labels)
+            report |= {"patch_loss": patches.item(), **named_patches(scores, data.labels)}
+            loss = loss + stage.patch_weight * patches
+        return loss, report
+
+    def update(self) -> float:
+        """One step of the optimiser and of the moving average; returns the gradients' norm."""
         norm = self.updater.step(self.step, self.recipe.steps)
         self.step += 1
         self._move_average()
-        losses = {"loss": loss.item(), "patch_loss": patches.item(), "norm": norm}
-        return {**losses, **exact_match(logits.detach(), data)}
+        return norm
 
     @torch.no_grad()
     def _move_average(self) -> None:
@@ -153,6 +181,17 @@ def exact_match(logits: Tensor, data: Batch) -> dict[str, float]:
     return {f"exact/{task}": sum(hits) / len(hits) for task, hits in found.items()}
 
 
+@torch.no_grad()
+def named_patches(scores: tuple[Tensor, ...], labels: Tensor) -> dict[str, float]:
+    """Per kind of label, the share of the patches that show something which the head names rightly."""
+    found = {}
+    for name, score, label in zip(("color", "shape", "glyph"), scores, labels.unbind(1)):
+        shown = label > 0
+        if shown.any():
+            found[f"exact/patch-{name}"] = float((score[shown].argmax(1) == label[shown]).float().mean())
+    return found
+
+
 class _Means:
     """Running means of the reported numbers since the last line."""
 
@@ -176,30 +215,35 @@ def run(recipe: Path, overrides: Mapping[str, Any] | None = None) -> Path:
         ConfigError: the recipe is unusable.
     """
     loaded = recipes.load(recipe, overrides)
-    trainer = Trainer(loaded)
-    state = checkpoint.load_state(loaded.output)
+    launch(_run, loaded.processes, loaded)
+    return loaded.output / loaded.name
+
+
+def _run(rank: int, recipe: Recipe) -> None:
+    """One process of a run; rank 0 reports and saves."""
+    trainer = Trainer(recipe)
+    state = checkpoint.load_state(recipe.output)
     if state is not None:
         trainer.load_state_dict(state)
-        _log.info("resumed %s at step %d of %d", loaded.name, trainer.step, loaded.steps)
-    with ops.use_backends(loaded.backends) if loaded.backends else nullcontext():
-        _loop(trainer)
-    folder = loaded.output / loaded.name
-    checkpoint.export(trainer.model, trainer.average, loaded.model, folder)
-    return folder
+        _log.info("resumed %s at step %d of %d", recipe.name, trainer.step, recipe.steps)
+    with ops.use_backends(recipe.backends) if recipe.backends else nullcontext():
+        _loop(trainer, rank)
+    if rank == 0:
+        checkpoint.export(trainer.model, trainer.average, recipe.model, recipe.output / recipe.name)
 
 
-def _loop(trainer: Trainer) -> None:
+def _loop(trainer: Trainer, rank: int) -> None:
     recipe, means = trainer.recipe, _Means()
     begin, first, samples = time.monotonic(), trainer.step, 0
-    with closing(batches(recipe, trainer.step)) as source:
+    with closing(batches(recipe, trainer.step, rank)) as source:
         for data in source:
             means.add(trainer.train_step(data))
-            samples += len(data.grids)
+            samples += len(data.grids) * recipe.processes
             done, step = trainer.step == recipe.steps, trainer.step
-            if step % recipe.report_every == 0 or done:
+            if rank == 0 and (step % recipe.report_every == 0 or done):
                 speed = (time.monotonic() - begin) / (step - first)
                 _report(step, recipe.steps, means.take(), samples / (time.monotonic() - begin), speed)
-            if step % recipe.save_every == 0 or done:
+            if rank == 0 and (step % recipe.save_every == 0 or done):
                 checkpoint.save_state(recipe.output, trainer.state_dict())
 
 
@@ -209,8 +253,8 @@ def _report(step: int, steps: int, means: dict[str, float], rate: float, seconds
         "step %d/%d  loss %.3f  patch %.3f  norm %.2f  %.1f samples/s  %.0f min left  | %s",
         step,
         steps,
-        means["loss"],
-        means["patch_loss"],
+        means.get("loss", 0.0),
+        means.get("patch_loss", 0.0),
         means["norm"],
         rate,
         (steps - step) * seconds / 60,
