@@ -28,9 +28,7 @@ def _silu_mul_fwd_kernel(x_ptr, y_ptr, stride_x, WIDTH: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _silu_mul_bwd_kernel(
-    grad_ptr, x_ptr, dx_ptr, stride_grad, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def _silu_mul_bwd_kernel(grad_ptr, x_ptr, dx_ptr, stride_grad, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < WIDTH

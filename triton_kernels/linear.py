@@ -30,8 +30,8 @@ def _grouped_tile(num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _packed_linear_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, M, N, K, stride_x, stride_weight,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, M, N, K: tl.constexpr, STRIDE_X: tl.constexpr, STRIDE_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -39,11 +39,11 @@ def _packed_linear_fwd_kernel(
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     # Clamped, not masked: a masked row costs a predicate per load, a repeated one is only never stored.
-    x_tile = x_ptr + tl.minimum(rows, M - 1)[:, None] * stride_x + depth[None, :]
-    w_tile = weight_ptr + tl.minimum(columns, N - 1)[None, :] * stride_weight + depth[:, None]
+    x_tile = x_ptr + tl.minimum(rows, M - 1)[:, None] * STRIDE_X + depth[None, :]
+    w_tile = weight_ptr + tl.minimum(columns, N - 1)[None, :] * STRIDE_WEIGHT + depth[:, None]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if K % BLOCK_K == 0:
             x, w = tl.load(x_tile), tl.load(w_tile)
         else:
             x = tl.load(x_tile, depth[None, :] < K - first, other=0.0)
@@ -71,8 +71,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_rows = y.numel() // max(width, 1)
     launch(
         _packed_linear_fwd_kernel, (triton.cdiv(num_rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
-        rows, weight, weight if bias is None else bias.contiguous(), y, num_rows, width, depth,
-        rows.stride(0), weight.stride(0),
-        HAS_BIAS=bias is not None, EVEN_K=depth % tile["BLOCK_K"] == 0, **tile,
+        rows, weight, weight if bias is None else bias.contiguous(), y, num_rows, width,
+        # Constants, because the compiler infers no alignment for an argument such as 588 and would load singly.
+        K=depth, STRIDE_X=rows.stride(0), STRIDE_WEIGHT=weight.stride(0), HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip
     return y

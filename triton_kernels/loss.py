@@ -32,7 +32,9 @@ def _row_lse(row_ptr, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _token_logprobs_fwd_kernel(logits_ptr, targets_ptr, out_ptr, stride_logits, stride_target, width, BLOCK: tl.constexpr):
+def _token_logprobs_fwd_kernel(
+    logits_ptr, targets_ptr, out_ptr, stride_logits, stride_target, width, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits
     chosen = tl.load(row_ptr + tl.load(targets_ptr + row * stride_target)).to(tl.float32)

@@ -210,9 +210,7 @@ def qk_norm_mrope(
 
 
 @triton.jit
-def _normed_grad(
-    q_grad_ptr, k_grad_ptr, token, heads, num_q_heads, num_kv_heads, cos, sin, lanes, HALF: tl.constexpr
-):
+def _normed_grad(q_grad_ptr, k_grad_ptr, token, heads, num_q_heads, num_kv_heads, cos, sin, lanes, HALF: tl.constexpr):
     """Gradient halves [HEADS, LANES] before the rotation; zero for value heads."""
     within = (lanes < HALF)[None, :]
     is_q = (heads < num_q_heads) & within

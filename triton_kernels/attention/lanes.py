@@ -45,7 +45,7 @@ def attention_refuses(q: Tensor, num_sequences: int, softmax_scale: float) -> It
     if q.shape[-1] > _MAX_HEAD_DIM:
         yield f"D is {q.shape[-1]}; a tile holds at most {_MAX_HEAD_DIM} columns"
     if softmax_scale <= 0:
-        yield f"softmax_scale is {softmax_scale}; the running maximum is scaled after it is taken and needs a positive one"
+        yield f"softmax_scale is {softmax_scale}; it must be positive, since maxima are taken before it is applied"
     if max(num_sequences, q.shape[1]) > MAX_GRID_YZ:
         yield f"{num_sequences} sequences of {q.shape[1]} heads; a CUDA grid takes at most {MAX_GRID_YZ} of either"
 

@@ -1,9 +1,10 @@
 """Attention over a paged cache: decode, chunked prefill and draft trees by one kernel with one order of sums.
 
-The rows of a program are (token, query head of one KV head) pairs, 64 of them. Keys come in tiles of 64 positions,
-and every 512 positions the running softmax starts anew: a split. Splits are merged in ascending order, either by the
-program that computed them all (many rows) or by a second kernel (few rows, splits side by side). Tile and split
-bounds are absolute positions and both merges are the same formula, so a row's bits depend on its own keys only.
+The rows of a program are (token, query head of one KV head) pairs, 64 of them (32 in fp32). Keys come in tiles of as
+many positions, and every 512 positions the running softmax starts anew: a split. Splits are merged in ascending
+order, either by the program that computed them all (many rows) or by a second kernel (few rows, splits side by
+side). Tile and split bounds are absolute positions and both merges are the same formula, so a row's bits depend on
+its own keys only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from .lanes import (
     zero_rows,
 )
 
-BLOCK_M = 64
 _SPLIT = 512
 #: Programs wanted on the device; splits go side by side until there are this many.
 _WANTED_PROGRAMS = 512
@@ -214,6 +214,14 @@ def paged_attention_refuses(
             yield f"{name}.stride(3) is {cache.stride(3)}; a slot's elements must be adjacent"
 
 
+def _tile(dtype: torch.dtype) -> dict[str, int]:
+    # The same for 1 row and for 4096: 64 rows fill a warp group's matrix instruction, and where there are fewer,
+    # the keys' way from memory is the limit, not the idle rows.
+    if is_wide(dtype):
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
 def split_workers(num_programs: int, num_splits: int, num_pairs: int) -> int:
     """How many programs share the splits of one tile of rows: 1 where there are rows enough, or no room for parts.
 
@@ -234,15 +242,15 @@ def paged_attention(
     num_sequences, group, device = context_lens.shape[0], num_q_heads // num_kv_heads, q.device
     o = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
-    num_tiles = num_tokens * group // BLOCK_M + num_sequences if num_tokens else 0
+    tile = _tile(q.dtype)
+    num_tiles = num_tokens * group // tile["BLOCK_M"] + num_sequences if num_tokens else 0
     num_splits = triton.cdiv(block_table.shape[1] * block_size, _SPLIT)
     num_pairs = num_tokens * num_q_heads
     workers = split_workers(num_tiles * num_kv_heads, num_splits, num_pairs)
     is_part = workers > 1
     parts = torch.empty((num_splits, num_pairs, head_dim) if is_part else 1, dtype=torch.float32, device=device)
     states = torch.empty((num_splits, num_pairs, 2) if is_part else 1, dtype=torch.float32, device=device)
-    lanes = {"GROUP": group, "HAS_TREE": tree_mask is not None, "BLOCK_M": BLOCK_M, "SPLIT": _SPLIT}
-    lanes |= lane_constants(head_dim)
+    shared = {"GROUP": group, "HAS_TREE": tree_mask is not None, "SPLIT": _SPLIT, **lane_constants(head_dim)}
     bounds, lengths = cu_seqlens_q.contiguous(), context_lens.contiguous()
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     bisection = (num_sequences, num_sequences.bit_length(), num_pairs)
@@ -251,12 +259,11 @@ def paged_attention(
         lengths if tree_mask is None else tree_mask.contiguous(), o, lse, parts, states, *bisection,
         softmax_scale * LOG2_E, q.stride(0), table.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2],
         STRIDE_Q_HEAD=q.stride(1), STRIDE_K_SLOT=k_cache.stride(2), STRIDE_V_SLOT=v_cache.stride(2),
-        BLOCK_SIZE=block_size, IS_PART=is_part, BLOCK_N=64, num_warps=4, num_stages=1 if is_wide(q.dtype) else 2,
-        **lanes,
+        BLOCK_SIZE=block_size, IS_PART=is_part, **shared, **tile,
     )  # fmt: skip
     if is_part:
         launch(
             _paged_attention_merge_kernel, (num_tiles, num_kv_heads), bounds, lengths, o, lse, parts, states,
-            *bisection, num_warps=4, **lanes,
+            *bisection, BLOCK_M=tile["BLOCK_M"], num_warps=8, **shared,
         )  # fmt: skip
     return o, lse

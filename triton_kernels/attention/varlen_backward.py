@@ -143,7 +143,7 @@ def varlen_attention_backward_refuses(
 
 def _tile(dtype: torch.dtype) -> dict[str, int]:
     if is_wide(dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Runs `kernel` over `grid` on the device of its tensors; an empty grid is no launch."""
     if 0 not in grid:
-        _start(kernel, grid, args, options)
+        # Said here, because Triton's default changes with its version, and bits with it.
+        _start(kernel, grid, args, {"enable_fp_fusion": True, **options})
 
 
 def _start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:

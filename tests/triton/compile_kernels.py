@@ -1,0 +1,148 @@
+"""Compiles every kernel for a GPU that need not be there; run as a program, prints one JSON line per kernel.
+
+The launchers run on meta tensors while the launch itself is replaced by a recorder, so that what is compiled is what
+would run: kernel, constants, argument types, alignment, warps and stages. Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvkeye import triton_kernels as leaves
+from kvkeye.triton_kernels import activation, attention, linear, loss, norm, rope, vision
+from kvkeye.triton_kernels.common import launch as launching
+
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packed(dim: int, heads: tuple[int, int], causal: bool) -> tuple[Any, ...]:
+    q, k, v = (empty(4096, h, dim) for h in (heads[0], heads[1], heads[1]))
+    return q, k, v, empty(5, dtype=torch.int32), 1024, causal, dim**-0.5
+
+
+def attention_calls() -> None:
+    for args in (packed(72, (16, 16), False), packed(128, (32, 8), True)):
+        attention.varlen_attention(*args)
+        q, lse = args[0], empty(4096, args[0].shape[1], dtype=torch.float32)
+        attention.varlen_attention_backward(q, lse, *args, q, lse)
+    cache, table, ints = empty(512, 8, 32, 128), empty(4, 64, dtype=torch.int32), empty(5, dtype=torch.int32)
+    for tokens, tree in ((4, None), (4096, empty(4096, dtype=torch.int64))):  # splits side by side, splits in turn
+        q = empty(tokens, 32, 128)
+        attention.paged_attention(q, cache, cache, table, ints, ints[:4], tree, 128**-0.5)
+
+
+def linear_calls() -> None:
+    linear.packed_linear(empty(64, 4096), empty(6144, 4096), None)
+    linear.packed_linear(empty(64, 588), empty(1152, 588), empty(1152))
+
+
+def other_calls() -> None:
+    x, weight = empty(64, 4096), empty(4096)
+    norm.rms_norm(x, weight, 1e-6)
+    norm.add_rms_norm(x, x, weight, 1e-6)
+    norm.layer_norm(x, weight, weight, 1e-6)
+    norm.rms_norm_backward(x, x, weight, 1e-6)
+    norm.add_rms_norm_backward(x, x, x, x, weight, 1e-6)
+    norm.layer_norm_backward(x, x, weight, weight, 1e-6)
+    heads, table = empty(64, 16, 72), empty(64, 36, dtype=torch.float32)
+    rope.rope_2d(heads, table, table)
+    positions, sections = empty(3, 64, dtype=torch.int64), [16, 24, 24]
+    rope.mrope(empty(64, 32, 128), positions, sections, 1e6)
+    rest = (empty(64, 48 * 128), empty(128), empty(128), positions, sections, 1e6, 1e-6, 8)
+    rope.qk_norm_mrope(*rest)
+    rope.qk_norm_mrope_backward(empty(64, 32, 128), empty(64, 8, 128), *rest)
+    activation.silu_mul(empty(64, 24576))
+    activation.silu_mul_backward(empty(64, 12288), empty(64, 24576))
+    for tanh in (True, False):
+        activation.gelu(x, tanh)
+        activation.gelu_backward(x, x, tanh)
+    positions_table = empty(27, 27, 1152)
+    vision.interpolate_position(positions_table, [1, 74, 74])
+    vision.interpolate_position_backward(empty(5476, 1152), positions_table, [1, 74, 74])
+    vision.merge_patches(empty(5476, 1152), [1, 74, 74], 2)
+    vision.merge_patches_backward(empty(1369, 4608), [1, 74, 74], 2)
+    o, lse = empty(64, 32, 128), empty(64, 32, dtype=torch.float32)
+    attention.merge_attention_states(o, lse, o, lse)
+    attention.merge_attention_states_backward(o, lse, o, lse, o, lse)
+    logits, targets = empty(64, 151936), empty(64, dtype=torch.int64)
+    loss.token_logprobs(logits, targets)
+    loss.token_logprobs_backward(empty(64, dtype=torch.float32), logits, targets)
+
+
+def source_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """The source with the specialisation that Triton would choose for these arguments, and the compiler's options."""
+    named = dict(zip((p.name for p in kernel.params), args))
+    named |= {p.name: options.pop(p.name) for p in kernel.params if p.name in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = named[param.name]
+        if isinstance(value, Tensor):
+            signature[param.name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif param.is_constexpr or (value == 1 and type(value) is int and not param.do_not_specialize):
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread and bytes of local memory (spills, indexed arrays) that the assembler settled on."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
+
+
+def main(capability: int, parts: list[str]) -> None:
+    assert leaves.__name__ == "kvkeye.triton_kernels"
+    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launching._start = lambda kernel, grid, args, options: recorded.append((kernel, args, dict(options)))
+    for part in parts:
+        {"attention": attention_calls, "linear": linear_calls, "other": other_calls}[part]()
+    done: set[str] = set()
+    for kernel, args, options in recorded:
+        source, options = source_of(kernel, args, options)
+        if source.hash() in done:
+            continue
+        done.add(source.hash())
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        ptx = built.asm["ptx"]
+        line = {
+            "kernel": kernel.__name__, "shared_bytes": built.metadata.shared,
+            "matrix": sorted({m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in ptx}),
+            "async_copy_bytes": sorted({int(n, 16) for n in re.findall(r"cp\.async\.c.*?\], (0x[0-9a-f]+)", ptx)}),
+            **resources(built.asm["cubin"]),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

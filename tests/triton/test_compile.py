@@ -1,0 +1,76 @@
+"""Every kernel is compiled for GPUs that are not here; what the compiler made of it is checked.
+
+A kernel that the interpreter runs may still not compile, may need more shared memory than an SM has, or may have
+fallen back from matrix instructions to scalar code. None of that needs a GPU to be seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Bytes of shared memory that one program may take.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+USES_MATRICES = re.compile(r"_(varlen_attention_(fwd|bwd_dkv|bwd_dq)|paged_attention_fwd|packed_linear_fwd)_kernel")
+
+
+@functools.cache
+def compiled(capability: int) -> list[dict[str, Any]]:
+    """One report per kernel and specialisation; all kernels for sm_90, those with matrix products for the others."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        pytest.skip("the package triton is not installed, so there is no compiler for its kernels")
+    if not (Path(found.origin).parent / "backends" / "nvidia" / "bin" / "ptxas").is_file():
+        pytest.skip("this build of triton ships no ptxas, so it cannot assemble kernels for NVIDIA GPUs")
+    parts = ["attention", "linear"] + (["other"] if capability == 90 else [])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton.compile_kernels", str(capability), *parts],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def test_every_kernel_is_among_them() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py"))
+    assert {report["kernel"] for report in compiled(90)} == set(re.findall(r"def (_\w+_kernel)\(", sources))
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_shared_memory_fits(capability: int) -> None:
+    for report in compiled(capability):
+        assert report["shared_bytes"] <= SHARED[capability], report
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_matrix_products_use_matrix_instructions(capability: int) -> None:
+    reports = [r for r in compiled(capability) if USES_MATRICES.fullmatch(r["kernel"])]
+    assert len({r["kernel"] for r in reports}) == 5
+    for report in reports:
+        assert MATRIX[capability] in report["matrix"], report
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_tiles_are_copied_in_whole_vectors(capability: int) -> None:
+    """D = 72 and K = 588 are not multiples of 16; copies of 2 bytes each would give that away."""
+    for report in compiled(capability):
+        if USES_MATRICES.fullmatch(report["kernel"]):
+            assert report["async_copy_bytes"], report
+            assert min(report["async_copy_bytes"]) >= 4, report
+
+
+def test_nothing_spills_on_hopper() -> None:
+    for report in compiled(90):
+        assert report["local_bytes"] == 0, report
