@@ -1,4 +1,8 @@
-"""`python -m kvkeye.train recipe.toml steps=100 optimizer.lr=1e-3`: trains a recipe with overrides."""
+"""Trains a recipe, or scores a checkpoint folder that was trained on scenes.
+
+python -m kvkeye.train recipe.toml steps=100 optimizer.lr=1e-3
+python -m kvkeye.train evaluate FOLDER [count=500] [card=true]
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,37 @@ import sys
 from pathlib import Path
 
 from kvkeye.train.recipe import parse_overrides
-from kvkeye.train.trainer import run
+
+
+def evaluate_folder(folder: Path, count: int, card: bool) -> None:
+    """Prints the table of held-out and shifted scores; with `card` writes the model card too."""
+    import torch
+
+    from kvkeye.models.keye.processor import load_tokenizer
+    from kvkeye.models.keye.weights import load_model
+    from kvkeye.train.card import write_card
+    from kvkeye.train.data import ChatEncoder
+    from kvkeye.train.evaluate import evaluate, table
+
+    model, encoder = load_model(folder, torch.float32, "cpu"), ChatEncoder(load_tokenizer(folder))
+    scores = evaluate(model, encoder, "held_out", count, blind=True) + evaluate(model, encoder, "shifted", count)
+    print(table(scores))
+    if card:
+        write_card(folder, scores)
+
+
+def main(arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if not arguments:
+        raise SystemExit(__doc__)
+    if arguments[0] == "evaluate":
+        options = parse_overrides(arguments[2:])
+        evaluate_folder(Path(arguments[1]), int(options.get("count", 500)), bool(options.get("card", False)))
+        return
+    from kvkeye.train.trainer import run
+
+    print(run(Path(arguments[0]), parse_overrides(arguments[1:])))
+
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    run(Path(sys.argv[1]), parse_overrides(sys.argv[2:]))
+    main(sys.argv[1:])

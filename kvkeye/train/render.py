@@ -43,6 +43,7 @@ def _canvas(scene: Scene) -> Image.Image:
     """Background: plain, or a linear gradient, or fine noise, by the texture number; then muted clutter."""
     width, height, texture = scene.width, scene.height, scene.texture
     base = np.asarray(scene.base, np.float32)
+    shade: NDArray[Any]
     if texture == 0:
         image = Image.new("RGB", (width, height), scene.base)
     else:
