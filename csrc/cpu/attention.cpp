@@ -77,7 +77,7 @@ KVKEYE_INLINE void differentiate_row(Sequence<T>& s, int64_t row, int r, int64_t
   float *weights = s.weights + r * kTile, *grads = s.grads + r * kTile;
   for (int i = 0; i < columns; i += kLanes) {
     const Vf score = load(weights + i) * s.p.softmax_scale - s.lse[row];
-    const Vf weight = exp(hide(score, seen, i, -INFINITY));
+    const Vf weight = weight_of(hide(score, seen, i, -INFINITY));
     store(weights + i, weight);
     store(grads + i, hide(weight * (load(grads + i) - s.delta[row]) * s.p.softmax_scale, seen, i, 0.0f));
   }

@@ -18,9 +18,6 @@ constexpr int kTile = (int)kTilePositions;
 KVKEYE_INLINE int64_t round_up(int64_t size) {
   return (size + kLanes - 1) / kLanes * kLanes;
 }
-KVKEYE_INLINE float exp_of(float x) {
-  return exp(splat(x))[0];
-}
 
 // Hands out aligned pieces of the scratch memory.
 struct Arena {
@@ -212,6 +209,13 @@ KVKEYE_INLINE Vf hide(Vf value, uint64_t seen, int first, float hidden) {
 
 // The online softmax.
 
+// exp(x) for x <= 0, with 0 below e^-87: a result that underflows, as each hidden score would, traps into
+// microcode.
+KVKEYE_INLINE Vf weight_of(Vf x) {
+  const Vf least = splat(-87.0f);
+  return x < least ? Vf{} : exp(max(least, x));
+}
+
 // One row's softmax so far: out is relative to exp(max), total the sum of the weights.
 struct State {
   float* out; // [round_up(dim)]
@@ -223,7 +227,7 @@ KVKEYE_INLINE void fold(State& state, const float* out, float max, float total, 
   if (total == 0.0f) // nothing seen; a NaN goes on
     return;
   const float top = state.max > max ? state.max : max;
-  const float keep = exp_of(state.max - top), add = exp_of(max - top);
+  const float keep = weight_of(splat(state.max - top))[0], add = weight_of(splat(max - top))[0];
   state.max = top;
   state.total = keep * state.total + add * total;
   for_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
@@ -242,15 +246,15 @@ template <class T> KVKEYE_INLINE void finish(const State& state, int64_t dim, T*
 // Rows of one query tile at work.
 struct Rows {
   int count;
-  int64_t dim, width;                     // width: dim in whole vectors
-  float *q, *out, *folded;                // [count, width]
-  float* scores;                          // [count, kTile]
-  float* keys;                            // [dim, kTile]
-  float* values;                          // [kTile, width]
-  float *max, *top, *keep;            // [count]: maximum before and after a tile, exp(before - after)
-  float *folded_max, *folded_total;   // [count]
-  float* total;                           // [count, kLanes]: the lanes are added at the end
-  View* views;                            // [count]
+  int64_t dim, width;               // width: dim in whole vectors
+  float *q, *out, *folded;          // [count, width]
+  float* scores;                    // [count, kTile]
+  float* keys;                      // [dim, kTile]
+  float* values;                    // [kTile, width]
+  float *max, *top, *keep;          // [count]: maximum before and after a tile, exp(before - after)
+  float *folded_max, *folded_total; // [count]
+  float* total;                     // [count, kLanes]: the lanes are added at the end
+  View* views;                      // [count]
 
   Rows(float* scratch, int64_t capacity, int64_t head_dim)
       : count(0), dim(head_dim), width(round_up(head_dim)) {
@@ -299,7 +303,7 @@ KVKEYE_INLINE void weigh_row(Rows& rows, int r, int columns) {
   const float base = rows.max[r] == -INFINITY ? 0.0f : rows.max[r];
   Vf total = load(rows.total + r * kLanes) * keep;
   for (int i = 0; i < columns; i += kLanes) {
-    const Vf weight = exp(load(row + i) - base);
+    const Vf weight = weight_of(load(row + i) - base);
     store(row + i, weight);
     total = total + weight;
   }
@@ -308,17 +312,27 @@ KVKEYE_INLINE void weigh_row(Rows& rows, int r, int columns) {
     store(out + i, load(out + i) * keep);
 }
 
-// One step of the online softmax for all rows. Row by row it would wait for each maximum and its exponential.
-KVKEYE_INLINE void weigh(Rows& rows, int64_t start, int columns, float scale) {
-  for (int r = 0; r < rows.count; ++r)
+// One step of the online softmax for the rows from `first`, a multiple of the vector. Row by row it would
+// wait for each maximum and its exponential.
+KVKEYE_INLINE void weigh(Rows& rows, int first, int64_t start, int columns, float scale) {
+  for (int r = first; r < rows.count; ++r)
     bound_row(rows, r, start, columns, scale);
-  for (int r = 0; r < rows.count; r += kLanes) {
+  for (int r = first; r < rows.count; r += kLanes) {
     const Vf top = load(rows.top + r);
-    store(rows.keep + r, exp(load(rows.max + r) - (top == -INFINITY ? Vf{} : top)));
+    store(rows.keep + r, weight_of(load(rows.max + r) - (top == -INFINITY ? Vf{} : top)));
     store(rows.max + r, top);
   }
-  for (int r = 0; r < rows.count; ++r)
+  for (int r = first; r < rows.count; ++r)
     weigh_row(rows, r, columns);
+}
+
+// Where the rows begin that see something of a tile, in whole vectors. Causal rows before it would gain
+// nothing.
+KVKEYE_INLINE int first_seeing(const Rows& rows, int64_t start) {
+  int first = 0;
+  while (first < rows.count && visible(rows.views[first], start) == 0)
+    ++first;
+  return first / kLanes * kLanes;
 }
 
 // Attention of all rows to positions [begin, end) of one split. locate(start, count, keys, values) names the
@@ -334,11 +348,12 @@ void attend_split(Rows& rows, int64_t begin, int64_t end, float scale, const Loc
     locate(start, columns, keys, values);
     load_transposed(keys, columns, rows.dim, rows.keys);
     load_rows(values, columns, rows.dim, rows.values);
-    multiply<false>({rows.q, rows.width, 1}, rows.keys, kTile, rows.scores, kTile, rows.count, rows.dim,
-                    round_up(columns));
-    weigh(rows, start, columns, scale);
-    multiply<true>({rows.scores, kTile, 1}, rows.values, rows.width, rows.out, rows.width, rows.count,
-                   columns, rows.width);
+    const int first = first_seeing(rows, start), count = rows.count - first;
+    float *scores = rows.scores + first * kTile, *out = rows.out + first * rows.width;
+    multiply<false>({rows.q + first * rows.width, rows.width, 1}, rows.keys, kTile, scores, kTile, count,
+                    rows.dim, round_up(columns));
+    weigh(rows, first, start, columns, scale);
+    multiply<true>({scores, kTile, 1}, rows.values, rows.width, out, rows.width, count, columns, rows.width);
   }
 }
 
