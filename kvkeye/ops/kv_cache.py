@@ -97,7 +97,7 @@ def qk_norm_mrope_append(
                k_cache, v_cache [N, Hkv, P, D]  slot_mapping [T]
     Args       as qk_norm_mrope and append_kv
     Returns    q [T, Hq, D]; k_cache and v_cache are changed
-    Numerics   as the separate ops, bit for bit
+    Numerics   rounded where the separate ops would round
     Gradient   none (inference only)
     Errors     ValueError on shape or dtype disagreement
     Source     as qk_norm_mrope

@@ -153,7 +153,7 @@ def qk_norm_mrope(
     Shapes     qkv [T, (Hq + 2 Hkv) D]  q_weight, k_weight [D]  positions [3, T]
     Args       one floating dtype;  positions int64;  sections, theta as mrope;  eps as rms_norm
     Returns    q [T, Hq, D], k [T, Hkv, D]; the values stay the caller's view of qkv
-    Numerics   as rms_norm followed by mrope, bit for bit
+    Numerics   rounded where rms_norm followed by mrope would round
     Gradient   qkv (zero in the value columns), q_weight, k_weight
     Errors     ValueError on shape or dtype disagreement
     Source     Qwen3 technical report, section 2; Wang et al. 2024

@@ -63,8 +63,11 @@ def available(op: Op, implementation: str) -> None:
         pytest.skip(f"{op.name} has no {implementation} here: {reason}")
 
 
-def run_rows(op: Op, implementation: str, dtype: str, body: Callable[[Case, str], None], only_small: bool) -> int:
-    """Runs `body` for every case that the implementation accepts; returns how many there were."""
+def run_rows(op: Op, implementation: str, dtype: str, body: Callable[[Case, str], bool | None], only_small: bool) -> int:
+    """Runs `body` for every case that the implementation accepts; returns how many there were.
+
+    A body returns False where it met a refusal of its own.
+    """
     accepted = 0
     for device in DEVICES:
         big = not only_small and (implementation == "cpp" or device == "cuda")
@@ -77,8 +80,7 @@ def run_rows(op: Op, implementation: str, dtype: str, body: Callable[[Case, str]
                 assert list(sentences(tensors, case.args)), "a refusal must give its reason"
                 assert implementation not in case.must_accept, f"{implementation} must accept {op.name} {case.id}"
                 continue
-            body(case, f"{op.name} {implementation} {dtype} {device} {case.id}")
-            accepted += 1
+            accepted += body(case, f"{op.name} {implementation} {dtype} {device} {case.id}") is not False
     return accepted
 
 
@@ -155,11 +157,11 @@ def test_backward_values(op: Op, implementation: str, dtype: str, request: pytes
     assert backward is not None
     available(backward, implementation)
 
-    def body(case: Case, what: str) -> None:
+    def body(case: Case, what: str) -> bool:
         args = gradient_arguments(op, case, seed=1)
         if not accepts(backward, implementation, args):
             assert implementation not in case.must_accept, f"{implementation} must accept {backward.name} {case.id}"
-            return
+            return False
         truth = autograd_truth(op, case, args)
         naive = as_tuple(backward.reference(*copied(args)))
         with poisoned_memory():
@@ -170,6 +172,7 @@ def test_backward_values(op: Op, implementation: str, dtype: str, request: pytes
                 continue
             assert_close(o, n, t, f"{what} gradient of {name}")
             assert torch.equal(o, a), f"{what}: two runs differ in the gradient of {name}"
+        return True
 
     accepted = run_rows(op, "eager", dtype, body, only_small=True)
     finish(request, backward, implementation, accepted)
