@@ -184,8 +184,8 @@ def environment() -> list[Check]:
     for name in sorted(set(os.environ) - known):
         if name.startswith("KVKEYE_"):
             advice = f"Known are {', '.join(sorted(known))}."
-            checks.append(Check("environment", WARN, f"{name} is no variable of kvkeye", advice))
-    checks += [Check("environment", PASS, f"{name}={os.environ[name]}") for name in OTHERS if name in os.environ]
+            checks.append(Check(name, WARN, "kvkeye has no such variable", advice))
+    checks += [Check(name, PASS, os.environ[name]) for name in OTHERS if name in os.environ]
     return checks or [Check("environment", PASS, "no settings")]
 
 
@@ -198,8 +198,8 @@ def _variable(variable: env.Variable[str]) -> Check:
             with use_backends(value):
                 pass  # raises where the order names something unknown
     except (EnvError, KvkeyeError) as error:
-        return Check("environment", FAIL, str(error))
-    return Check("environment", PASS, f"{variable.name}={value}")
+        return Check(variable.name, FAIL, str(error), "Correct it or unset it.")
+    return Check(variable.name, PASS, value or "empty: the default")
 
 
 def models() -> list[Check]:

@@ -31,8 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
     parser.add_argument("--clips", type=int, default=1, metavar="N", help="clips to draw (default: 1)")
     parser.add_argument("--out", metavar="FOLDER", help="where the pictures go (default: a new temporary folder)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"longest answer (default: {MAX_TOKENS})"
+    )
     options.add_engine(parser)
-    parser.set_defaults(max_tokens=MAX_TOKENS, temperature=0.0, mode=None)
+    parser.set_defaults(temperature=0.0, mode=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
