@@ -28,7 +28,7 @@ $(STAMPS)/build: $(STAMPS)/torch
 	touch $@
 
 $(STAMPS)/install: $(STAMPS)/build pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
-	$(BIN)/pip install -e '.[test]' --no-build-isolation
+	$(BIN)/pip install -e '.[test,train]' --no-build-isolation
 	touch $@
 
 demo: env

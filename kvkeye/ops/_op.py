@@ -142,12 +142,15 @@ class Op:
         tensors = _tensors(args)
         order = _policy.order(self.family, self.name, tensors[0].device.type if tensors else "cpu")
         for name in order.names:
-            if name == "eager":
-                _policy.note_eager(self.name, tensors)
-                return name, self.reference
             implementation = self.implementations.get(name)
-            if implementation is not None and not any(implementation.reasons(tensors, args)):
-                return name, implementation.call
+            if name == "eager":
+                call = self.reference
+            elif implementation is not None and not any(implementation.reasons(tensors, args)):
+                call = implementation.call
+            else:
+                continue
+            _policy.note(self.name, name, tensors)
+            return name, call
         raise UnsupportedError(f"no implementation accepts this call\n{self.explain(*args)}")
 
     def explain(self, *args: Any) -> str:

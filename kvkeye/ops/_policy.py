@@ -80,11 +80,15 @@ def order(family: str, name: str, device: str) -> Order:
     return Order(_DEFAULT.get(device, ("eager",)), "default")
 
 
-_warned: set[str] = set()
+_noted: set[tuple[str, str]] = set()
 
 
-def note_eager(name: str, tensors: Sequence[Tensor]) -> None:
-    """Logs once per op that a GPU call fell through to the reference."""
-    if name not in _warned and any(t.is_cuda for t in tensors) and not _forced.get():
-        _warned.add(name)
+def note(name: str, implementation: str, tensors: Sequence[Tensor]) -> None:
+    """Logs the first time that an op runs an implementation; louder where a GPU call falls to the reference."""
+    if (name, implementation) in _noted:
+        return
+    _noted.add((name, implementation))
+    if implementation == "eager" and not _forced.get() and any(t.is_cuda for t in tensors):
         _log.warning("%s runs its eager reference on a GPU; `python -m kvkeye.ops %s` says why", name, name)
+    else:
+        _log.debug("%s runs %s", name, implementation)

@@ -63,7 +63,9 @@ def available(op: Op, implementation: str) -> None:
         pytest.skip(f"{op.name} has no {implementation} here: {reason}")
 
 
-def run_rows(op: Op, implementation: str, dtype: str, body: Callable[[Case, str], bool | None], only_small: bool) -> int:
+def run_rows(
+    op: Op, implementation: str, dtype: str, body: Callable[[Case, str], bool | None], only_small: bool
+) -> int:
     """Runs `body` for every case that the implementation accepts; returns how many there were.
 
     A body returns False where it met a refusal of its own.

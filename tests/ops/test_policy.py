@@ -96,3 +96,11 @@ def test_support_table_as_a_command() -> None:
 def test_philox_known_answers(counter, key, expected) -> None:  # type: ignore[no-untyped-def]
     """The generator's published vectors."""
     assert philox.philox4x32(counter, key) == expected
+
+
+def test_the_first_choice_per_op_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    _policy._noted.discard(("silu_mul", "eager"))
+    with caplog.at_level("DEBUG", logger="kvkeye.ops"), ops.use_backends("eager"):
+        ops.silu_mul(X)
+        ops.silu_mul(X)
+    assert [r.message for r in caplog.records] == ["silu_mul runs eager"]
