@@ -53,11 +53,28 @@ template <class T, int M, int N> struct Tile {
   }
 };
 
-KVKEYE_INLINE void put(float* target, float value) {
-  *target = value;
-}
-KVKEYE_INLINE void put(bf16* target, float value) {
-  store(target, splat(value), 1);
+// Lane n: the sum over the lanes of total[n], in the order of sum().
+template <int N> KVKEYE_INLINE Vf sum_each(const Vf* total) {
+#if defined(__AVX512F__)
+  static_assert(N == 4);
+  const __m512 a = (__m512)total[0], b = (__m512)total[1], c = (__m512)total[2], d = (__m512)total[3];
+  const __m512 ab = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(0xffff, a, b, 0x44),
+                                  _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(0xffff, c, d, 0x44),
+                                  _mm512_maskz_shuffle_f32x4(0xffff, c, d, 0xee));
+  Vf four = (Vf)_mm512_add_ps(_mm512_maskz_shuffle_f32x4(0xffff, ab, cd, 0x88),
+                              _mm512_maskz_shuffle_f32x4(0xffff, ab, cd, 0xdd));
+  four += (Vf)_mm512_maskz_permute_ps(0xffff, (__m512)four, 0xee);
+  four += (Vf)_mm512_maskz_permute_ps(0xffff, (__m512)four, 0x55);
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  return (Vf)_mm512_maskz_permutexvar_ps(0xf, firsts, (__m512)four);
+#else
+  Vf found{};
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+    found[n] = sum(total[n]);
+  return found;
+#endif
 }
 
 // Elements [row, row + M) x [output, output + N). Past the edge the last row or output is computed again and
@@ -81,15 +98,19 @@ void multiply(const PackedLinearParams<T>& p, int64_t row, int64_t row_end, int6
     Tile<T, M, N>::add(tile, k, step);
   if (k < p.inputs)
     Tile<T, M, N>::add(tile, k, (int)(p.inputs - k));
+  constexpr int group = N < 4 ? N : 4;
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
+  for (int n = 0; n < N; n += group) {
+    const int64_t left = output_end - output - n;
+    const int count = left < group ? (int)left : group;
+    if (count <= 0)
+      break;
+    const Vf bias = p.bias == nullptr ? Vf{} : load(p.bias + output + n, count);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      const float value = sum(tile.total[m][n]);
-      if (row + m >= row_end || output + n >= output_end)
-        continue;
-      const float bias = p.bias == nullptr ? 0.0f : load(p.bias + output + n, 1)[0];
-      put(p.y + (row + m) * p.outputs + output + n, value + bias);
+    for (int m = 0; m < M; ++m) {
+      const Vf found = sum_each<group>(tile.total[m] + n) + bias;
+      if (row + m < row_end)
+        store(p.y + (row + m) * p.outputs + output + n, found, count);
     }
   }
 }
@@ -101,31 +122,33 @@ constexpr int kTileRows = 4, kTileOutputs = 2; // 8 sums, 2 weights, 1 input and
 #endif
 constexpr int kStreams = 8; // with one row, outputs side by side hide the latency of memory
 
+template <class T, int M>
+void multiply_rows(const PackedLinearParams<T>& p, int64_t row, int64_t row_end, int64_t output,
+                   int64_t output_end) {
+  constexpr int N = M == 1 ? kStreams : kTileOutputs;
+  for (; output < output_end; output += N)
+    multiply<T, M, N>(p, row, row_end, output, output_end);
+}
+
+// Rows outside, outputs inside: a tile's rows stay in the first-level cache, the block's weights in the
+// second.
 template <class T>
 void multiply_block(const PackedLinearParams<T>& p, int64_t row, int64_t row_end, int64_t output,
                     int64_t output_end) {
-  if (row_end - row == 1) {
-    for (; output < output_end; output += kStreams)
-      multiply<T, 1, kStreams>(p, row, row_end, output, output_end);
-    return;
-  }
-  for (; output < output_end; output += kTileOutputs) {
-    int64_t m = row;
-    for (; m + kTileRows - 1 <= row_end; m += kTileRows) // also with one row missing
-      multiply<T, kTileRows, kTileOutputs>(p, m, row_end, output, output_end);
-    for (; m + 1 < row_end; m += 2)
-      multiply<T, 2, kTileOutputs>(p, m, row_end, output, output_end);
-    if (m < row_end)
-      multiply<T, 1, kTileOutputs>(p, m, row_end, output, output_end);
-  }
+  for (; row + kTileRows - 1 <= row_end; row += kTileRows) // also with one row missing
+    multiply_rows<T, kTileRows>(p, row, row_end, output, output_end);
+  for (; row + 1 < row_end; row += 2)
+    multiply_rows<T, 2>(p, row, row_end, output, output_end);
+  if (row < row_end)
+    multiply_rows<T, 1>(p, row, row_end, output, output_end);
 }
 
 } // namespace
 
 template <class T> void packed_linear(const PackedLinearParams<T>& p, int64_t begin, int64_t end) {
-  const int64_t row_blocks = p.row_blocks();
+  const int64_t output_blocks = p.output_blocks();
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t output = item / row_blocks * p.output_block, row = item % row_blocks * p.row_block;
+    const int64_t output = item % output_blocks * p.output_block, row = item / output_blocks * p.row_block;
     const int64_t output_end = output + p.output_block, row_end = row + p.row_block;
     multiply_block(p, row, row_end < p.rows ? row_end : p.rows, output,
                    output_end < p.outputs ? output_end : p.outputs);

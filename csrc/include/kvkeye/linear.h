@@ -1,6 +1,7 @@
 // Linear layers. Items are blocks of outputs times blocks of rows.
 #pragma once
 
+#include "kvkeye/common/blocks.h"
 #include "kvkeye/common/kernel.h"
 
 namespace kvkeye {
@@ -17,8 +18,8 @@ template <class T> struct PackedLinearParams {
   int64_t row_block; // rows of one item: their part of x stays in the second-level cache
 
   static constexpr int64_t output_block = 32;
-  int64_t row_blocks() const { return (rows + row_block - 1) / row_block; }
-  int64_t items() const { return (outputs + output_block - 1) / output_block * row_blocks(); }
+  int64_t output_blocks() const { return blocks_of(outputs, output_block); }
+  int64_t items() const { return output_blocks() * blocks_of(rows, row_block); }
 };
 
 KVKEYE_KERNEL(packed_linear, PackedLinearParams)
