@@ -87,7 +87,7 @@ class Chat:
 class Batch:
     """Packed sequences over packed media.
 
-    pixels [N, 588] uint8; grids per media item; labels [N, 4]; ids [T]; pads [n] and pad_sources [n]: token `pads[i]`
+    pixels [N, 588] uint8; grids per media item; labels [N, 6]; ids [T]; pads [n] and pad_sources [n]: token `pads[i]`
     stands for row `pad_sources[i]` of the projector's output; positions [3, T]; cu_seqlens [B + 1] int32;
     rows [A] and targets [A]: hidden state `rows[i]` must predict `targets[i]`; turn_of [A]: the turn that target
     belongs to; turns: those turns.
@@ -239,9 +239,10 @@ def pack(media: list[Media], chats: list[Chat]) -> Batch:
 
 def _chats(scene: Scene, rng: random.Random, mixture: Mixture) -> list[list[Turn]]:
     """The chats of one scene: short questions in one or two chats, and now and then one long answer alone."""
-    short = [turn for task in _SHORT_TASKS for _ in range(2) if (turn := ask(scene, task, rng)) is not None]
+    short = [turn for task in _SHORT_TASKS for _ in range(3) if (turn := ask(scene, task, rng)) is not None]
     short = list({turn.question: turn for turn in short}.values())
     rng.shuffle(short)
+    short.sort(key=lambda turn: turn.task != "motion")  # of a clip it is what matters, so it is always asked
     short = short[: rng.randint(1, mixture.turns)]
     chats = [short] if short else []
     if rng.random() < mixture.long_chats:

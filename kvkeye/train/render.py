@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from kvkeye.train.fonts import load_font
-from kvkeye.train.scenes import COLORS, SHAPES, Scene, Text, Thing, outline
+from kvkeye.train.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, Text, Thing, outline
 
 _OVERSAMPLE = 4
 _COLOR_IDS = {name: i + 1 for i, name in enumerate(COLORS)}
 _SHAPE_IDS = {name: i + 1 for i, name in enumerate(SHAPES)}
 _GLYPH_IDS = {glyph: i + 1 for i, glyph in enumerate("abcdefghijklmnopqrstuvwxyz0123456789")}
-LABEL_SIZES = (len(COLORS) + 1, len(SHAPES) + 1, len(_GLYPH_IDS) + 1, len(_GLYPH_IDS) + 1)
+_BACKGROUND_IDS = {name: i + 1 for i, name in enumerate(BACKGROUNDS)}
+LABELS = ("color", "shape", "glyph", "next glyph", "place", "background")
+# Classes per label; 0 = the patch shows none.
+LABEL_SIZES = (9, 7, 37, 37, 10, 5)
 
 
 def render(scene: Scene) -> list[Image.Image]:
@@ -89,12 +92,17 @@ def _draw_text(image: Image.Image, text: Text) -> None:
 
 
 def patch_labels(scene: Scene, frame: int, grid_h: int, grid_w: int) -> NDArray[np.int64]:
-    """What each patch shows, [grid_h * grid_w, 4]: colour, shape, and the glyphs at 1/4 and 3/4 of its width; 0 = none.
+    """What each patch shows, [grid_h * grid_w, 6], in the order of `LABELS`; 0 = none.
+
+    The glyphs are those at 1/4 and 3/4 of the patch's width, the place is one of the nine positions.
 
     Used by the auxiliary loss only. A shape labels every patch whose centre lies in its bounding square.
     """
     scene = scene.at_frame(frame)
-    out = np.zeros((grid_h, grid_w, 4), np.int64)
+    out = np.zeros((grid_h, grid_w, len(LABELS)), np.int64)
+    rows, columns = 3 * np.arange(grid_h) // grid_h, 3 * np.arange(grid_w) // grid_w
+    out[..., 4] = 3 * rows[:, None] + columns[None, :] + 1
+    out[..., 5] = _BACKGROUND_IDS[scene.background]
     ys = (np.arange(grid_h) + 0.5) * scene.height / grid_h
     step = scene.width / grid_w
     xs = (np.arange(grid_w) + 0.5) * step
@@ -105,7 +113,7 @@ def patch_labels(scene: Scene, frame: int, grid_h: int, grid_w: int) -> NDArray[
     if scene.text is not None:
         for line, origin in zip(scene.text.lines, scene.text.origins):
             _label_line(out, line, origin, scene.text, ys, (xs - step / 4, xs + step / 4))
-    return out.reshape(-1, 4)
+    return out.reshape(-1, len(LABELS))
 
 
 def _label_line(

@@ -32,6 +32,7 @@ from kvkeye.train.losses import PatchHead, answer_logits, next_token_loss, patch
 from kvkeye.train.optimizer import Updater
 from kvkeye.train.parallel import average_gradients, launch, total, world_size
 from kvkeye.train.recipe import Recipe
+from kvkeye.train.render import LABELS
 from kvkeye.train.tokenizer import build_tokenizer
 
 _log = logging.getLogger("kvkeye.train")
@@ -185,10 +186,10 @@ def exact_match(logits: Tensor, data: Batch) -> dict[str, float]:
 def named_patches(scores: tuple[Tensor, ...], labels: Tensor) -> dict[str, float]:
     """Per kind of label, the share of the patches that show something which the head names rightly."""
     found = {}
-    for name, score, label in zip(("color", "shape", "glyph"), scores, labels.unbind(1)):
+    for name, score, label in zip(LABELS, scores, labels.unbind(1)):
         shown = label > 0
         if shown.any():
-            found[f"exact/patch-{name}"] = float((score[shown].argmax(1) == label[shown]).float().mean())
+            found[f"exact/{name}-patches"] = float((score[shown].argmax(1) == label[shown]).float().mean())
     return found
 
 

@@ -12,8 +12,8 @@ import pytest
 from kvkeye.train import questions, scenes
 from kvkeye.train.fonts import HELD_OUT_FONTS, PILLOW_FONT, TRAIN_FONTS, font_folder
 from kvkeye.train.questions import TASKS, Turn, ask, facts, score
-from kvkeye.train.render import patch_labels, render
-from kvkeye.train.scenes import COLORS, POSITIONS, SHAPES, Kind, Scene, sample_scene
+from kvkeye.train.render import LABEL_SIZES, patch_labels, render
+from kvkeye.train.scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Kind, Scene, sample_scene
 from kvkeye.train.words import WORDS
 
 KINDS: tuple[Kind, ...] = ("objects", "text", "mixed", "clip")
@@ -131,9 +131,14 @@ def test_a_description_is_scored_by_its_facts() -> None:
 def test_patch_labels_name_what_a_patch_shows() -> None:
     scene = sample_scene(5, "objects")
     grid_h, grid_w = round(scene.height / 14), round(scene.width / 14)
-    labels = patch_labels(scene, 0, grid_h, grid_w).reshape(grid_h, grid_w, 4)
+    labels = patch_labels(scene, 0, grid_h, grid_w).reshape(grid_h, grid_w, -1)
     for thing in scene.things:
         row, column = int(thing.y / scene.height * grid_h), int(thing.x / scene.width * grid_w)
         assert labels[row, column, 0] == 1 + list(COLORS).index(thing.color)
         assert labels[row, column, 1] == 1 + SHAPES.index(thing.shape)
-    assert not labels[..., 2:].any()
+    assert not labels[..., 2:4].any()
+    assert labels[0, -1, 4] == 1 + POSITIONS.index("top right") and labels[-1, 0, 4] == 1 + POSITIONS.index(
+        "bottom left"
+    )
+    assert set(labels[..., 5].flat) == {1 + list(BACKGROUNDS).index(scene.background)}
+    assert (1 + len(COLORS), 1 + len(SHAPES), 37, 37, 10, 1 + len(BACKGROUNDS)) == LABEL_SIZES
