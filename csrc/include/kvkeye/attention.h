@@ -11,7 +11,8 @@
 namespace kvkeye {
 
 static constexpr int64_t kTilePositions = 64, kSplitPositions = 512;
-static constexpr int64_t kQueryRows = 192;// rows (token, query head of one group) that share a loaded KV tile
+static constexpr int64_t kQueryRows =
+    192; // rows (token, query head of one group) that share a loaded KV tile
 static constexpr int64_t kBackwardRows = 64; // the same in the backward pass
 
 // Elements between neighbouring tokens and neighbouring heads; the last axis is contiguous.
