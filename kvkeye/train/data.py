@@ -247,7 +247,7 @@ def _chats(scene: Scene, rng: random.Random, mixture: Mixture) -> list[list[Turn
     chats = [short] if short else []
     if rng.random() < mixture.long_chats:
         longer = [turn for task in LONG_TASKS if (turn := ask(scene, task, rng)) is not None]
-        weights = [1.0 if turn.task != "json" else 0.5 for turn in longer]
+        weights = [1.0 if turn.task != "json" else 0.25 for turn in longer]
         chats.append([rng.choices(longer, weights)[0]])
     suffix = [
         [Turn(t.task, t.question + "/no_think", t.answer) for t in chat] if rng.random() < mixture.no_think else chat
