@@ -18,6 +18,13 @@ Tensor setting(const char* name, const Tensor& tensor, int64_t rows, ScalarType 
   return dense(tensor);
 }
 
+Tensor allowed(const Tensor& mask, int64_t rows, int64_t vocabulary) {
+  const Argument argument{kOp, "mask", mask};
+  argument.has_shape({rows, (vocabulary + 31) / 32});
+  argument.has_dtype(ScalarType::Int);
+  return dense(mask);
+}
+
 void check_history(const Tensor& history, const Tensor& cu_history, const Tensor& num_prompt,
                    int64_t vocabulary) {
   const int32_t *ids = read<int32_t>(history), *bounds = read<int32_t>(cu_history),
@@ -68,13 +75,7 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
   const Tensor position = setting("positions", positions, rows, ScalarType::Long);
   const Tensor index = setting("sample_index", sample_index, rows, ScalarType::Long);
   check_history(past, bounds, prompt, vocabulary);
-  Tensor bits = past;
-  if (mask.has_value()) {
-    const Argument argument{kOp, "mask", *mask};
-    argument.has_shape({rows, (vocabulary + 31) / 32});
-    argument.has_dtype(ScalarType::Int);
-    bits = dense(*mask);
-  }
+  const Tensor bits = mask.has_value() ? allowed(*mask, rows, vocabulary) : past;
   const Tensor tokens = empty(seed, {rows});
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
