@@ -29,7 +29,10 @@ MERGE = 2
 MIN_PIXELS = 3136
 MAX_PIXELS = 100352
 SECONDS_PER_GRID = 0.5
-_SHORT_TASKS = ("color", "shape", "count", "position", "background", "motion", "word", "digits")
+# How often a scene is asked each kind of question before repeated ones are dropped: what is hard to learn more often.
+_SHORT_TASKS = {
+    "color": 2, "shape": 2, "count": 3, "position": 6, "background": 1, "motion": 2, "word": 1, "digits": 1
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ def pack(media: list[Media], chats: list[Chat]) -> Batch:
 
 def _chats(scene: Scene, rng: random.Random, mixture: Mixture) -> list[list[Turn]]:
     """The chats of one scene: short questions in one or two chats, and now and then one long answer alone."""
-    short = [turn for task in _SHORT_TASKS for _ in range(3) if (turn := ask(scene, task, rng)) is not None]
+    short = [turn for task, times in _SHORT_TASKS.items() for _ in range(times) if (turn := ask(scene, task, rng)) is not None]
     short = list({turn.question: turn for turn in short}.values())
     rng.shuffle(short)
     short.sort(key=lambda turn: turn.task != "motion")  # of a clip it is what matters, so it is always asked
