@@ -51,9 +51,7 @@ def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappi
     _write(v_cache, v, slot_mapping)
 
 
-@append_kv.fake
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    return None
+append_kv.fake(lambda *args: None)
 
 
 append_kv.implement("cpp")
@@ -110,21 +108,14 @@ def qk_norm_mrope_append(
     return normed_and_rotated(q, q_weight, positions, sections, theta, eps)
 
 
-@qk_norm_mrope_append.fake
-def _(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    sections: list[int],
-    theta: float,
-    eps: float,
+def _fake_queries(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, positions: Tensor, k_cache: Tensor, *rest: object
 ) -> Tensor:
     head_dim = k_cache.shape[-1]
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // head_dim - 2 * k_cache.shape[1], head_dim))
+
+
+qk_norm_mrope_append.fake(_fake_queries)
 
 
 qk_norm_mrope_append.implement("cpp")
@@ -153,9 +144,7 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
     v_cache[target] = v_cache[source]
 
 
-@copy_blocks.fake
-def _(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> None:
-    return None
+copy_blocks.fake(lambda *args: None)
 
 
 copy_blocks.implement("cpp")
