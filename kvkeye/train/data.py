@@ -242,7 +242,8 @@ def pack(media: list[Media], chats: list[Chat]) -> Batch:
 
 def _chats(scene: Scene, rng: random.Random, mixture: Mixture) -> list[list[Turn]]:
     """The chats of one scene: short questions in one or two chats, and now and then one long answer alone."""
-    short = [turn for task, times in _SHORT_TASKS.items() for _ in range(times) if (turn := ask(scene, task, rng)) is not None]
+    tasks = [task for task, times in _SHORT_TASKS.items() for _ in range(times)]
+    short = [turn for task in tasks if (turn := ask(scene, task, rng)) is not None]
     short = list({turn.question: turn for turn in short}.values())
     rng.shuffle(short)
     short.sort(key=lambda turn: turn.task != "motion")  # of a clip it is what matters, so it is always asked
