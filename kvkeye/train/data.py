@@ -7,7 +7,6 @@ them equal to what the processor renders for serving.
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kvkeye.errors import ConfigError
+from kvkeye.media.resize import processor_size, resize_image
 from kvkeye.models.keye.positions import MediaGrid, mrope_positions
 from kvkeye.train.questions import LONG_TASKS, Turn, ask
 from kvkeye.train.render import patch_labels, render
@@ -31,7 +31,7 @@ MAX_PIXELS = 100352
 SECONDS_PER_GRID = 0.5
 # How often a scene is asked each kind of question before repeated ones are dropped: what is hard to learn more often.
 _SHORT_TASKS = {
-    "color": 2, "shape": 2, "count": 3, "position": 6, "background": 1, "motion": 2, "word": 1, "digits": 1
+    "color": 2, "shape": 2, "count": 5, "position": 4, "background": 1, "motion": 2, "word": 1, "digits": 1
 }  # fmt: skip
 
 
@@ -115,28 +115,14 @@ class Batch:
         return ((self.pixels.to(torch.float32) / 255 - 0.5) / 0.5).to(dtype)
 
 
-def smart_resize(
-    height: int, width: int, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
-) -> tuple[int, int]:
-    """The processor's size rule for sides of at least 28: multiples of 28 within the pixel limits."""
-    factor = PATCH * MERGE
-    rows, columns = factor * round(height / factor), factor * round(width / factor)
-    if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        return factor * math.floor(height / shrink / factor), factor * math.floor(width / shrink / factor)
-    if rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        return factor * math.ceil(height * grow / factor), factor * math.ceil(width * grow / factor)
-    return rows, columns
-
-
 def patchify(image: Image.Image) -> tuple[NDArray[np.uint8], int, int]:
-    """Resizes (bicubic) and cuts patches: uint8 [gh * gw, 588] in raster order, gh, gw."""
-    height, width = smart_resize(image.height, image.width)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    gh, gw = height // PATCH, width // PATCH
-    pixels = np.asarray(image).reshape(gh, PATCH, gw, PATCH, 3)
+    """Resizes as the processor does and cuts patches: uint8 [gh * gw, 588] in raster order, gh, gw.
+
+    Values stay uint8, a quarter of what the processor's rows weigh; `Batch.pixel_values` normalises them.
+    """
+    size = processor_size(image.height, image.width, MIN_PIXELS, MAX_PIXELS)
+    gh, gw = size[0] // PATCH, size[1] // PATCH
+    pixels = resize_image(np.asarray(image), size).reshape(gh, PATCH, gw, PATCH, 3)
     return pixels.transpose(0, 2, 4, 1, 3).reshape(gh * gw, 3 * PATCH * PATCH), gh, gw
 
 

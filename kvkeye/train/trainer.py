@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
-import pickle
 import time
 from collections import defaultdict
 from collections.abc import Generator, Mapping
@@ -73,7 +72,7 @@ def _produce(connection: Any, recipe: Recipe, start: int, rank: int) -> None:
             made = batch(recipe.stage(step).mixture, encoder, recipe.seed, step, rank)
             plain = {f.name: getattr(made, f.name) for f in fields(made)}
             arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in plain.items()}
-            connection.send_bytes(pickle.dumps(arrays))
+            connection.send(arrays)
     except (BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         pass
 
@@ -87,7 +86,7 @@ def batches(recipe: Recipe, start: int, rank: int = 0) -> Generator[Batch, None,
     sender.close()
     try:
         for _ in range(start, recipe.steps):
-            plain = pickle.loads(receiver.recv_bytes())
+            plain = receiver.recv()
             found: dict[str, Any] = {k: torch.from_numpy(v) if hasattr(v, "dtype") else v for k, v in plain.items()}
             yield Batch(**found)
     finally:
