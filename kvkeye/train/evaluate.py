@@ -17,7 +17,7 @@ from kvkeye.models.keye.model import KeyeModel
 from kvkeye.train.data import Batch, ChatEncoder, pack_single, questions_of
 from kvkeye.train.losses import answer_logits
 from kvkeye.train.questions import TASKS, Turn, score
-from kvkeye.train.scenes import Scene, Split
+from kvkeye.train.scenes import COLORS, SHAPES, Scene, Split
 
 _log = logging.getLogger("kvkeye.train")
 _MAX_NEW_TOKENS = 160
@@ -26,7 +26,7 @@ _MAX_NEW_TOKENS = 160
 @dataclass(frozen=True)
 class TaskScore:
     """Result of one task. `accuracy` is exact match, for descriptions the share of facts; `blind` is the same with
-    grey pictures; `chance` is what the most frequent answer would score."""
+    grey pictures; `chance` is what the most frequent answer to such questions would score."""
 
     task: str
     split: str
@@ -54,13 +54,21 @@ def evaluate(
         items = questions_of(task, count, split, seed)
         got = _score_all(model, encoder, items, batch_size, decode=True)
         unseen = _score_all(model, encoder, items, batch_size, decode=False, blind=True) if blind else None
-        answers = Counter(turn.answer for _, turn in items)
         scores.append(TaskScore(
             task, split, count, sum(got) / count, sum(s == 1.0 for s in got) / count,
-            None if unseen is None else sum(unseen) / count, answers.most_common(1)[0][1] / count,
+            None if unseen is None else sum(unseen) / count, chance([turn for _, turn in items]),
         ))  # fmt: skip
         _log.info("%s", asdict(scores[-1]))
     return scores
+
+
+def chance(turns: Sequence[Turn]) -> float:
+    """What the most frequent answer scores, taken apart for questions that name a colour or shape and those that do
+    not ("How many stars are there?" is mostly answered by 0 or 1, "How many objects are there?" is not)."""
+    answers: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for turn in turns:
+        answers[any(name in turn.question for name in (*COLORS, *SHAPES))][turn.answer] += 1
+    return sum(max(counts.values()) for counts in answers.values() if counts) / len(turns)
 
 
 def _score_all(
