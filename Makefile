@@ -32,7 +32,7 @@ $(STAMPS)/install: $(STAMPS)/build pyproject.toml setup.py CMakeLists.txt $(CXX_
 	touch $@
 
 demo: env
-	$(BIN)/kvkeye demo
+	$(BIN)/kvkeye demo $(MODEL)
 
 test: env lint
 	$(PYTEST) -m 'not long' tests
