@@ -79,7 +79,10 @@ EDGES = [
 
 @pytest.mark.parametrize("values", EDGES)
 def test_the_edge_of_each_range_is_allowed(values):
-    SamplingParams(**values)
+    params = SamplingParams(**values)
+    for name, value in values.items():
+        expected = {str: lambda v: (v,), list: tuple}.get(type(value), lambda v: v)(value)
+        assert getattr(params, name) == (0 if name == "top_k" else expected)  # -1 and 0 both mean off
 
 
 def test_values_are_normalised_and_frozen():
