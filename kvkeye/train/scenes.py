@@ -217,7 +217,7 @@ def _digits(rng: random.Random) -> str:
 
 
 def _text(rng: random.Random, split: Split, detail: float) -> Scene:
-    style = rng.choice(("word", "word", "digits", "copy"))
+    style = rng.choice(("word", "digits", "copy", "copy"))
     if style == "word":
         lines: tuple[str, ...] = (rng.choice(WORDS),)
     elif style == "digits":
