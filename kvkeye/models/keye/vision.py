@@ -1,12 +1,14 @@
 """The vision tower: a SigLIP-shaped encoder of patches at native resolution.
 
 Knows patches, grids and segments; must not know pixels' origin, merging or tokens. Patches of all items are packed
-in raster order, index (f * gh + i) * gw + j within an item.
+in raster order, index (f * gh + i) * gw + j within an item. Items of any number of requests may share a pack: none
+changes another's features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,26 @@ from torch import Tensor, nn
 from kvkeye import ops
 from kvkeye.layers import GeluMLP, LayerNorm, Linear, PackedContext, PatchAttention
 from kvkeye.models.keye.config import VisionConfig
+from kvkeye.models.keye.grid_cache import GridCache
 from kvkeye.models.keye.positions import MediaGrid
+
+# Of position rows and of rotations each: five pictures of a megapixel in bf16, or many frames of one size.
+GRID_CACHE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """What the blocks of the tower need to know of a pack, complete before the first of them runs.
+
+    positions  [N, d] rows of the interpolated position table, dtype of the table
+    cos, sin   [N, D/2] fp32
+    context    segments: cu_seqlens on the device, the longest on the host
+    """
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    context: PackedContext
 
 
 class VisionBlock(nn.Module):
@@ -48,16 +69,25 @@ class VisionTower(nn.Module):
         nn.init.normal_(self.position_embedding, std=0.02)
         self.layers = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self._position_cache, self._rotation_cache = GridCache(GRID_CACHE_BYTES), GridCache(GRID_CACHE_BYTES)
 
     def forward(self, pixel_values: Tensor, items: Sequence[MediaGrid]) -> Tensor:
         """pixel_values [N, 588], one row per patch -> features [N, d], in the order of `items`."""
-        grids = [item.grid_thw for item in items]
-        x = self.patch_embedding(pixel_values.to(self.position_embedding.dtype))  # [N, d]
-        x = x + ops.interpolate_position(self.position_embedding, [size for grid in grids for size in grid])
-        cos, sin = self._rotation(grids, x.device)
-        context = PackedContext.from_lengths(self.segments(items), x.device)
+        layout = self.layout(items)
+        x = self.patch_embedding(pixel_values.to(self.position_embedding.dtype)) + layout.positions  # [N, d]
+        return self.encode(x, layout)
+
+    def layout(self, items: Sequence[MediaGrid]) -> PackLayout:
+        """Everything about a pack that the host decides. Tables of sizes seen before come from a cache."""
+        device = self.position_embedding.device
+        cos, sin = self._rotation([item.grid_thw for item in items])
+        context = PackedContext.from_lengths(self.segments(items), device)
+        return PackLayout(self._positions([item.grid_thw for item in items]), cos, sin, context)
+
+    def encode(self, x: Tensor, layout: PackLayout) -> Tensor:
+        """Embedded patches [N, d] -> features [N, d]. Reads nothing back from the device."""
         for layer in self.layers:
-            x = layer(x, cos, sin, context)
+            x = layer(x, layout.cos, layout.sin, layout.context)
         return self.post_layernorm(x)  # type: ignore[no-any-return]
 
     def segments(self, items: Sequence[MediaGrid]) -> list[int]:
@@ -69,14 +99,38 @@ class VisionTower(nn.Module):
             lengths += [t * height * width] if joint else [height * width] * t
         return lengths
 
-    def _rotation(self, grids: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _positions(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """[N, d]: interpolated in fp32, rounded once to the table's dtype; the same rows for each frame of an item."""
+        table = self.position_embedding
+        learns = torch.is_grad_enabled() and table.requires_grad
+        if torch.compiler.is_compiling() or learns or table.is_inference():
+            rows: Tensor = ops.interpolate_position(table, [size for grid in grids for size in grid])
+            return rows
+        # Changes of the table are seen as autograd sees them: not those made through `.data` of the same storage.
+        version = (table.data_ptr(), table._version, table.dtype, table.device)
+
+        def frame(height: int, width: int) -> Tensor:
+            return self._position_cache.get(
+                (version, height, width), lambda: (ops.interpolate_position(table, [1, height, width]),)
+            )[0]
+
+        return torch.cat([part for t, height, width in grids for part in [frame(height, width)] * t])
+
+    def _rotation(self, grids: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """cos and sin [N, D/2] fp32 of every patch."""
-        tables = {
-            (height, width): axial_angles(height, width, self.config.head_dim, self.config.rope_theta, device)
-            for _, height, width in grids
-        }
-        angles = torch.cat([tables[height, width].repeat(t, 1) for t, height, width in grids])
-        return angles.cos(), angles.sin()
+        device = self.position_embedding.device
+
+        def build(height: int, width: int) -> tuple[Tensor, ...]:
+            angles = axial_angles(height, width, self.config.head_dim, self.config.rope_theta, device)
+            return angles.cos(), angles.sin()
+
+        def frame(height: int, width: int) -> tuple[Tensor, ...]:
+            if torch.compiler.is_compiling():
+                return build(height, width)
+            return self._rotation_cache.get((device, height, width), lambda: build(height, width))
+
+        tables = [frame(height, width) for t, height, width in grids for _ in range(t)]
+        return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
 
 
 def axial_angles(rows: int, columns: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
