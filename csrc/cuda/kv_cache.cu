@@ -1,7 +1,7 @@
 // Writes into the paged cache on the GPU. Moves bytes, so one kernel serves every dtype.
 #include "kvkeye/kv_cache.h"
 
-#include <cuda_runtime.h>
+#include "device.h"
 
 namespace kvkeye::cuda {
 namespace {
@@ -65,16 +65,12 @@ int append_kv(const AppendKvParams& p, int64_t tokens, void* stream) {
   int64_t bits = p.row_bytes;
   for (int side = 0; side < 2; ++side)
     bits |= common_bits(p.source[side], p.cache[side], p.token_stride[side], p.head_stride[side]);
-  const auto launch = [&](auto kernel) {
-    kernel<<<(unsigned)tokens, kThreads, 0, (cudaStream_t)stream>>>(p);
-  };
+  const dim3 grid((unsigned)tokens);
   if (bits % 16 == 0)
-    launch(append_kv_kernel<uint4>);
-  else if (bits % 4 == 0)
-    launch(append_kv_kernel<uint32_t>);
-  else
-    launch(append_kv_kernel<uint16_t>);
-  return cudaGetLastError();
+    return launch<append_kv_kernel<uint4>>(grid, kThreads, 0, stream, p);
+  if (bits % 4 == 0)
+    return launch<append_kv_kernel<uint32_t>>(grid, kThreads, 0, stream, p);
+  return launch<append_kv_kernel<uint16_t>>(grid, kThreads, 0, stream, p);
 }
 
 int copy_blocks(const CopyBlocksParams& p, int64_t pairs, void* stream) {
@@ -83,12 +79,9 @@ int copy_blocks(const CopyBlocksParams& p, int64_t pairs, void* stream) {
   const int64_t bits = common_bits(p.cache[0], p.cache[1], p.block_bytes);
   const int64_t parts = p.block_bytes / (kThreads * 16) + 1;
   const dim3 grid((unsigned)pairs, (unsigned)(parts < kMaxGridY ? parts : kMaxGridY));
-  const auto launch = [&](auto kernel) { kernel<<<grid, kThreads, 0, (cudaStream_t)stream>>>(p); };
   if (bits % 16 == 0)
-    launch(copy_blocks_kernel<uint4>);
-  else
-    launch(copy_blocks_kernel<uint16_t>);
-  return cudaGetLastError();
+    return launch<copy_blocks_kernel<uint4>>(grid, kThreads, 0, stream, p);
+  return launch<copy_blocks_kernel<uint16_t>>(grid, kThreads, 0, stream, p);
 }
 
 } // namespace kvkeye::cuda

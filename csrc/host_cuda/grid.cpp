@@ -1,0 +1,343 @@
+#include "grid.h"
+
+#include "fiber.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace kvkeye::host_cuda {
+
+Place place;
+
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr int kPoison = 0xff; // a NaN in every floating type, -1 in every integer
+
+enum class State { ready, in_barrier, in_warp, returned };
+
+struct Thread {
+  explicit Thread(void (*body)()) : fiber(body) {}
+
+  Fiber fiber;
+  dim3 index;
+  State state = State::ready;
+  // What it waits for, and what it brought.
+  const char* what = nullptr;
+  Line line{};
+  unsigned mask = 0;
+  uint64_t value = 0;
+  // What it was given.
+  int sum = 0;
+  uint64_t lanes[kWarp];
+  // For the race checker.
+  unsigned clock = 0, knows[kWarp];
+};
+
+struct Grid {
+  Fiber scheduler;
+  std::deque<Thread> threads; // kept from launch to launch: a stack is made once
+  std::vector<unsigned> ready;
+  std::mt19937_64 random;
+  uint64_t seed = 0;
+
+  const Launch* launch = nullptr;
+  unsigned size = 0; // threads of the block
+  unsigned block = 0, epoch = 0;
+  unsigned running = 0;
+  unsigned arrived = 0; // at the barrier
+  char* shared = nullptr;
+};
+
+Grid grid;
+
+std::string text(const dim3& index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
+}
+
+std::string text(const Line& line) {
+  const char* slash = std::strrchr(line.file, '/');
+  return std::string(slash != nullptr ? slash + 1 : line.file) + ":" + std::to_string(line.line);
+}
+
+// "int launch(...) [with auto Kernel = name<T>; Args = ...]"
+std::string kernel_name() {
+  const std::string signature = grid.launch->signature, key = "Kernel = ";
+  const size_t start = signature.find(key);
+  if (start == std::string::npos)
+    return signature;
+  return signature.substr(start + key.size(), signature.find_first_of(";]", start) - start - key.size());
+}
+
+dim3 unravel(uint64_t i, const dim3& size) {
+  return {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
+}
+
+unsigned random_below(size_t bound) {
+  return unsigned(grid.random() % bound);
+}
+
+Thread& current() {
+  return grid.threads[grid.running];
+}
+
+void wait_as(State state) {
+  current().state = state;
+  Fiber::change(current().fiber, grid.scheduler);
+}
+
+void wake(unsigned thread) {
+  grid.threads[thread].state = State::ready;
+  grid.ready.push_back(thread);
+}
+
+void thread_main() {
+  for (;;) { // once per block
+    grid.launch->kernel();
+    wait_as(State::returned);
+  }
+}
+
+std::string standing(const Thread& thread) {
+  switch (thread.state) {
+  case State::in_barrier:
+    return std::string("waits for ") + thread.what + " at " + text(thread.line);
+  case State::in_warp: {
+    char mask[16];
+    std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
+    return std::string("waits for ") + thread.what + " of lanes " + mask + " at " + text(thread.line);
+  }
+  case State::returned:
+    return "has returned";
+  default:
+    return "runs";
+  }
+}
+
+// Threads that stand alike, in one line each: how many, the first one, where.
+[[noreturn]] void stuck(const char* why) {
+  struct Group {
+    std::string where;
+    unsigned first, count;
+  };
+  std::vector<Group> groups;
+  for (unsigned i = 0; i < grid.size; ++i) {
+    const std::string where = standing(grid.threads[i]);
+    const auto same = [&](const Group& group) { return group.where == where; };
+    const auto found = std::find_if(groups.begin(), groups.end(), same);
+    if (found == groups.end())
+      groups.push_back({where, i, 1});
+    else
+      ++found->count;
+  }
+  std::string list;
+  for (const Group& group : groups)
+    list += "\n  thread " + text(grid.threads[group.first].index) + " " + group.where +
+            (group.count > 1 ? ", so do " + std::to_string(group.count - 1) + " more" : "");
+  fault("%s%s", why, list.c_str());
+}
+
+// Whether all lanes of the mask wait for the same as `self`. `first` is the warp's first thread.
+bool all_arrived(unsigned first, const Thread& self) {
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if ((self.mask >> i & 1) == 0)
+      continue;
+    if (first + i >= grid.size)
+      return false;
+    const Thread& other = grid.threads[first + i];
+    if (other.state != State::in_warp || other.mask != self.mask || std::strcmp(other.what, self.what) != 0)
+      return false;
+  }
+  return true;
+}
+
+// Gives every lane of the mask all values, and after __syncwarp the sight of what the others did before.
+void hand_out(unsigned first, const Thread& self) {
+  const unsigned mask = self.mask;
+  const bool orders_memory = std::strcmp(self.what, "__syncwarp") == 0;
+  uint64_t values[kWarp] = {};
+  unsigned knows[kWarp] = {};
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1) == 0)
+      continue;
+    Thread& other = grid.threads[first + i];
+    values[i] = other.value;
+    if (orders_memory)
+      other.knows[i] = ++other.clock;
+    for (unsigned j = 0; j < kWarp; ++j)
+      knows[j] = std::max(knows[j], other.knows[j]);
+  }
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1) == 0)
+      continue;
+    Thread& other = grid.threads[first + i];
+    std::memcpy(other.lanes, values, sizeof values);
+    if (orders_memory)
+      std::memcpy(other.knows, knows, sizeof knows);
+    wake(first + i);
+  }
+}
+
+void run_block(unsigned block) {
+  const Launch& launch = *grid.launch;
+  grid.block = block;
+  grid.epoch = grid.arrived = 0;
+  std::memset(grid.shared, kPoison, launch.shared);
+  grid.ready.clear();
+  for (unsigned i = 0; i < grid.size; ++i) {
+    Thread& thread = grid.threads[i];
+    thread.index = unravel(i, launch.block);
+    thread.clock = 0;
+    std::memset(thread.knows, 0, sizeof thread.knows);
+    wake(i);
+  }
+  while (!grid.ready.empty()) {
+    unsigned& picked = grid.ready[random_below(grid.ready.size())];
+    grid.running = picked;
+    picked = grid.ready.back();
+    grid.ready.pop_back();
+    place = {launch.grid, launch.block, unravel(block, launch.grid), current().index};
+    Fiber::change(grid.scheduler, current().fiber);
+  }
+  for (unsigned i = 0; i < grid.size; ++i)
+    if (grid.threads[i].state != State::returned)
+      stuck("deadlock, no thread can go on");
+}
+
+bool fits(const Launch& launch) {
+  const auto empty = [](const dim3& size) { return size.x == 0 || size.y == 0 || size.z == 0; };
+  return !empty(launch.grid) && !empty(launch.block) && launch.grid.x <= 0x7fffffffu &&
+         launch.grid.y <= 65535 && launch.grid.z <= 65535 &&
+         (uint64_t)launch.block.x * launch.block.y * launch.block.z <= 1024 && launch.block.z <= 64 &&
+         launch.shared <= kSharedLimit;
+}
+
+} // namespace
+
+void fault(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  std::vector<char> what(8192);
+  std::vsnprintf(what.data(), what.size(), format, values);
+  va_end(values);
+  std::fprintf(stderr, "host_cuda: kernel %s, block %s, seed %llu: %s\n", kernel_name().c_str(),
+               text(unravel(grid.block, grid.launch->grid)).c_str(), (unsigned long long)grid.seed,
+               what.data());
+  std::fflush(nullptr);
+  std::_Exit(kFault);
+}
+
+void trap(Line here) {
+  fault("thread %s reached __trap at %s", text(current().index).c_str(), text(here).c_str());
+}
+
+void shuffle_by(uint64_t seed) {
+  grid.seed = seed;
+  grid.random.seed(seed);
+}
+
+int run(const Launch& launch) {
+  if (!fits(launch))
+    return 9; // cudaErrorInvalidConfiguration
+  grid.launch = &launch;
+  grid.size = launch.block.x * launch.block.y * launch.block.z;
+  while (grid.threads.size() < grid.size)
+    grid.threads.emplace_back(&thread_main);
+  // An allocation of the exact size: AddressSanitizer guards its end.
+  const std::unique_ptr<char[]> shared(new char[launch.shared]);
+  grid.shared = shared.get();
+  watch("shared memory", grid.shared, launch.shared);
+  std::vector<unsigned> blocks(launch.grid.x * (size_t)launch.grid.y * launch.grid.z);
+  for (size_t i = 0; i < blocks.size(); ++i)
+    blocks[i] = (unsigned)i;
+  std::shuffle(blocks.begin(), blocks.end(), grid.random);
+  forget_accesses();
+  for (const unsigned block : blocks)
+    run_block(block);
+  forget(grid.shared);
+  grid.launch = nullptr;
+  return 0;
+}
+
+void* shared_memory(size_t bytes) {
+  if (bytes > grid.launch->shared)
+    fault("a struct of %zu bytes in shared memory; the launch gave %zu", bytes, grid.launch->shared);
+  return grid.shared;
+}
+
+int lane() {
+  return int(grid.running % kWarp);
+}
+
+int barrier(const char* what, int value, Line here) {
+  Thread& self = current();
+  self.what = what;
+  self.line = here;
+  self.value = (uint64_t)value;
+  if (++grid.arrived < grid.size) {
+    wait_as(State::in_barrier);
+    return self.sum;
+  }
+  self.state = State::in_barrier;
+  int sum = 0;
+  for (unsigned i = 0; i < grid.size; ++i) {
+    const Thread& other = grid.threads[i];
+    if (other.line.line != here.line || std::strcmp(other.what, what) != 0)
+      stuck("the threads wait at different barriers");
+    sum += (int)other.value;
+  }
+  grid.arrived = 0;
+  ++grid.epoch;
+  for (unsigned i = 0; i < grid.size; ++i) {
+    grid.threads[i].sum = sum;
+    wake(i);
+  }
+  wait_as(State::ready);
+  return self.sum;
+}
+
+const uint64_t* exchange(const char* what, unsigned mask, uint64_t value, Line here) {
+  Thread& self = current();
+  const unsigned first = grid.running / kWarp * kWarp;
+  if ((mask >> lane() & 1) == 0)
+    fault("thread %s calls %s at %s with lanes 0x%08x, which leave it out", text(self.index).c_str(), what,
+          text(here).c_str(), mask);
+  self.what = what;
+  self.line = here;
+  self.mask = mask;
+  self.value = value;
+  self.state = State::in_warp;
+  if (!all_arrived(first, self)) {
+    wait_as(State::in_warp);
+    return self.lanes;
+  }
+  hand_out(first, self);
+  wait_as(State::ready);
+  return self.lanes;
+}
+
+void require_lane(const char* what, unsigned mask, int source, Line here) {
+  if ((mask >> source & 1) == 0)
+    fault("thread %s reads lane %d by %s at %s; only lanes 0x%08x take part", text(current().index).c_str(),
+          source, what, text(here).c_str(), mask);
+}
+
+bool inside_a_kernel() {
+  return grid.launch != nullptr;
+}
+
+Moment now() {
+  const Thread& self = current();
+  return {grid.block, grid.running, grid.epoch, self.clock, self.knows};
+}
+
+} // namespace kvkeye::host_cuda

@@ -1,0 +1,109 @@
+"""The CUDA sources built by the host compiler, and calls of them in a process of their own.
+
+`build("asan", ...)` finds wrong addresses and undefined arithmetic, `build("races", ...)` unordered accesses. Knows
+files and processes; the meaning of CUDA is in csrc/host_cuda, the calls by name in tests/native/cuda.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("g++")
+CALLS = ROOT / "tests" / "native" / "cuda"
+HOST = [*sorted((ROOT / "csrc" / "host_cuda").glob("*.cpp")), CALLS / "main.cpp"]
+KERNELS = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(CALLS.glob("*_calls.cpp"))]
+FAULT = 70  # exit status of a fault that the harness found; the sanitizers have their own
+
+COMMON = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# Flags of all files, and more for the kernels alone: the race checker must not watch itself.
+HOST_DEFINES = {"KVKEYE_UCONTEXT"}
+FLAVOURS = {"asan": (SANITIZE, []), "races": (["-DKVKEYE_RACES"], ["-fsanitize=thread"])}
+
+
+def build(flavour: str, folder: Path, sources: Sequence[Path] = KERNELS, defines: Sequence[str] = ()) -> Path:
+    """The program of `sources` and the host part. Built at most once per folder, also when several processes ask."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everywhere, _ = FLAVOURS[flavour]
+    program = folder / _name(flavour, *(path.stem for path in sources), *defines)
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            objects = list(pool.map(lambda path: _object(flavour, folder, path, defines), [*HOST, *sources]))
+            _run([str(COMPILER), *everywhere, *objects, "-o", str(program)])
+    return program
+
+
+def _object(flavour: str, folder: Path, source: Path, defines: Sequence[str]) -> str:
+    everywhere, in_kernels = FLAVOURS[flavour]
+    flags = [*COMMON, *everywhere, *(in_kernels if source.suffix == ".cu" else [])]
+    if source.suffix == ".cu" or HOST_DEFINES.intersection(defines):
+        flags += [f"-D{define}" for define in defines]
+    target = folder / f"{_name(flavour, *flags)}_{source.parent.name}_{source.name}.o"
+    if not target.exists():
+        includes = [f"-I{path}" for path in (ROOT / "csrc/host_cuda", ROOT / "csrc/include", ROOT / "csrc/cuda", CALLS)]
+        _run([str(COMPILER), *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
+    return str(target)
+
+
+def _name(flavour: str, *parts: str) -> str:
+    return f"{flavour.strip('-')}_{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:12]}"
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+@dataclass
+class Call:
+    """One call by name, with its numbers and buffers. `run` brings the buffers back as the kernel left them."""
+
+    name: str
+    numbers: Mapping[str, int]
+    buffers: Mapping[str, Tensor]
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "numbers").write_text("".join(f"{name} {value}\n" for name, value in self.numbers.items()))
+        for name, tensor in self.buffers.items():
+            (folder / name).write_bytes(as_bytes(tensor))
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in self.buffers.items():
+            content = numpy.fromfile(folder / name, dtype=numpy.uint8)
+            found[name] = torch.from_numpy(content).view(tensor.dtype).view(tensor.shape)
+        return found
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+def execute(program: Path, seed: int, calls: list[Call], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the calls in one process; they lie in folder/0, folder/1, ..."""
+    words: list[str] = []
+    for i, call in enumerate(calls):
+        call.write(folder / str(i))
+        words += [call.name, str(folder / str(i))]
+    return subprocess.run([str(program), str(seed), *words], capture_output=True, text=True, timeout=300)
+
+
+def run(program: Path, seed: int, calls: list[Call], folder: Path) -> list[dict[str, Tensor]]:
+    """The buffers of each call after it; an assertion if anything was found."""
+    result = execute(program, seed, calls, folder)
+    assert result.returncode == 0, f"status {result.returncode}\n{result.stderr[:4000]}"
+    return [call.read(folder / str(i)) for i, call in enumerate(calls)]

@@ -1,0 +1,154 @@
+"""The host harness itself: right kernels give right results in any order, each planted fault is found and named."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.native import cuda_harness as harness
+
+DEMO = harness.ROOT / "tests" / "native" / "cuda" / "demo.cu"
+THREADS = 96
+
+pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="no g++")
+
+
+@pytest.fixture(scope="session")
+def asan(cuda_builds: Path) -> Path:
+    return harness.build("asan", cuda_builds, [DEMO])
+
+
+@pytest.fixture(scope="session")
+def races(cuda_builds: Path) -> Path:
+    return harness.build("races", cuda_builds, [DEMO])
+
+
+def demo(
+    name: str, words: Tensor, *, out: int = 0, blocks: int = 1, threads: int = THREADS, shared: int = 1
+) -> harness.Call:
+    """`shared` counts lines of THREADS words."""
+    numbers = {"blocks": blocks, "threads": threads, "shared": shared}
+    return harness.Call(name, numbers, {"in": words, "out": torch.zeros(out or len(words), dtype=torch.int32)})
+
+
+def words(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(torch.int32)
+
+
+def complaint(program: Path, call: harness.Call, tmp_path: Path, seed: int = 1) -> str:
+    result = harness.execute(program, seed, [call], tmp_path / f"{program.name}{seed}")
+    assert result.returncode != 0, "the fault went unseen"
+    return result.stderr
+
+
+def reversed_blocks(x: Tensor) -> Tensor:
+    return x.view(-1, THREADS).flip(1).reshape(-1)
+
+
+@pytest.mark.parametrize("flavour", ["asan", "races"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_right_kernels(flavour: str, seed: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    x, four = words(THREADS), words(4 * THREADS)
+    calls = [
+        demo("reverse", four, blocks=4),
+        demo("rotate", x),
+        demo("warp", x, out=5 * THREADS),
+        demo("count", x, out=3),
+    ]
+    back, rotated, warp, count = harness.run(request.getfixturevalue(flavour), seed, calls, tmp_path / "calls")
+    warps = x.view(-1, 32)
+    assert torch.equal(back["out"], reversed_blocks(four))
+    assert torch.equal(rotated["out"], warps.roll(-1, 1).reshape(-1))
+    total, eighth, before, votes, any_all = warp["out"].view(THREADS, 5).unbind(1)
+    assert torch.equal(total, warps.sum(1).repeat_interleave(32).int())
+    assert torch.equal(eighth, x.view(-1, 8).sum(1).repeat_interleave(8).int())
+    shifted = warps.roll(1, 1)
+    shifted[:, 0] = warps[:, 0]
+    assert torch.equal(before, shifted.reshape(-1))
+    bits = ((warps & 1).long() << torch.arange(32)).sum(1).repeat_interleave(32)
+    assert torch.equal(votes.long() & 0xFFFFFFFF, bits)
+    assert torch.equal(any_all, (2 * (warps == 7).any(1) + 1).repeat_interleave(32).int())
+    assert count["out"].tolist() == [THREADS * THREADS // 2, THREADS, THREADS - 1]
+
+
+def test_orders_differ_by_seed_and_repeat(asan: Path, tmp_path: Path) -> None:
+    call = demo("order", words(1), out=1 + 3 * THREADS, blocks=3, shared=0)
+    seen = [
+        harness.run(asan, seed, [call], tmp_path / str(i))[0]["out"][1:].tolist() for i, seed in enumerate([1, 1, 2])
+    ]
+    assert seen[0] == seen[1] != seen[2]
+    assert sorted(seen[0]) == list(range(3 * THREADS)) != seen[0]
+    first_of_each_block = [min(seen[0][i : i + THREADS]) for i in range(0, 3 * THREADS, THREADS)]
+    assert sorted(first_of_each_block) == [0, THREADS, 2 * THREADS], "blocks run one after the other"
+
+
+# What is wrong, how the program ends, and words of its complaint.
+FAULTS = [
+    ("global_overrun", "heap-buffer-overflow"),
+    ("shared_overrun", "heap-buffer-overflow"),
+    ("member_overrun", "index 96 out of bounds"),
+    ("misaligned", "misaligned address"),
+    ("one_returns", "94 more|thread (5, 0, 0) has returned|__syncthreads at demo.cu:"),
+    ("two_barriers", "different barriers|__syncthreads at demo.cu:|31 more|63 more"),
+    ("missing_lane", "::missing_lane_kernel,|(3, 0, 0) has returned|__shfl_xor_sync of lanes 0xffffffff"),
+    ("silent_lane", "reads lane 20 by __shfl_sync at demo.cu:|only lanes 0x0000ffff"),
+    ("trap", "block (1, 0, 0), seed 1: thread (7, 0, 0) reached __trap at demo.cu:"),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), FAULTS, ids=[name for name, _ in FAULTS])
+def test_faults_are_found_and_named(name: str, expected: str, asan: Path, tmp_path: Path) -> None:
+    shared = 2 if name == "member_overrun" else 1
+    said = complaint(asan, demo(name, words(THREADS), blocks=2 if name == "trap" else 1, shared=shared), tmp_path)
+    assert all(part in said for part in expected.split("|")), said
+
+
+def test_shared_memory_starts_as_poison(asan: Path, tmp_path: Path) -> None:
+    [found] = harness.run(asan, 1, [demo("unwritten", words(THREADS))], tmp_path / "calls")
+    assert found["out"].eq(-1).all(), "0xff in every byte: a NaN for every floating type"
+    too_little = complaint(asan, demo("unwritten", words(THREADS), shared=0), tmp_path)
+    assert "a struct of 384 bytes in shared memory; the launch gave 0" in too_little
+
+
+def test_sizes_that_no_gpu_takes(asan: Path, tmp_path: Path) -> None:
+    for i, call in enumerate([demo("order", words(1), threads=1025), demo("order", words(1), shared=700)]):
+        assert "the launch returned CUDA error 9" in complaint(asan, call, tmp_path / str(i))
+
+
+def test_a_race_is_found_where_the_result_is_right(races: Path, tmp_path: Path) -> None:
+    said = complaint(races, demo("same_word", words(1), blocks=3), tmp_path)
+    assert "data race in out, byte 0 of 4" in said and "nothing orders the two" in said
+
+
+@pytest.mark.parametrize(("define", "name"), [("WITHOUT_BARRIER", "reverse"), ("WITHOUT_SYNCWARP", "rotate")])
+def test_a_removed_wait_is_caught(define: str, name: str, cuda_builds: Path, tmp_path: Path) -> None:
+    """By the race checker under every seed; by wrong results, from poison, under some."""
+    x = words(THREADS)
+    races = harness.build("races", cuda_builds, [DEMO], [define])
+    for seed in (1, 2, 3):
+        assert "data race in shared memory" in complaint(races, demo(name, x), tmp_path, seed)
+    asan = harness.build("asan", cuda_builds, [DEMO], [define])
+    for seed in (1, 2, 3):
+        [found] = harness.run(asan, seed, [demo(name, x)], tmp_path / f"result{seed}")
+        assert found["out"].eq(-1).any(), "a thread ran ahead and read poison"
+
+
+def test_two_hundred_blocks_of_256_threads(asan: Path, tmp_path: Path) -> None:
+    """The suite can afford real launches: about 0.3 s alone, here with room for a busy machine."""
+    call = demo("order", words(1), out=1 + 200 * 256, blocks=200, threads=256)
+    started = time.process_time()
+    [found] = harness.run(asan, 1, [call], tmp_path / "calls")
+    assert found["out"][0] == 200 * 256
+    assert time.process_time() - started < 30
+
+
+def test_the_portable_switch(cuda_builds: Path, tmp_path: Path) -> None:
+    """Where the switch is not written by hand, swapcontext gives the same results."""
+    program = harness.build("races", cuda_builds, [DEMO], ["KVKEYE_UCONTEXT"])
+    x = words(4 * THREADS)
+    [found] = harness.run(program, 1, [demo("reverse", x, blocks=4)], tmp_path / "calls")
+    assert torch.equal(found["out"], reversed_blocks(x))
