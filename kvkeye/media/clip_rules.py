@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvkeye.errors import MediaError
-from kvkeye.media.clip import Clip, FrameList
+from kvkeye.media.clip import FrameList
+from kvkeye.media.frame import Clip, Frame
 from kvkeye.media.job import CLIENT_PIXELS, Job, LoadedMedia, num_tokens
-from kvkeye.media.resize import Frame, client_size, processor_size, resize_frame, resize_image
+from kvkeye.media.resize import client_size, processor_size, resize_frame, resize_image
 from kvkeye.media.sampling import TOKEN, Sampled, VideoPolicy, sample_preview, sample_slow_fast
 from kvkeye.media.slow_fast import SLOW, FrameTyper, slow_fast_sizes
 
@@ -125,7 +126,7 @@ def load_slow_fast_clip(clip: Clip, job: Job) -> LoadedMedia:
     for frame in map(prepare, clip.frames(sampled.indices)):
         types.append(typer.type(frame))
         if keep:
-            kept.append(frame)
+            kept.append(frame.copy())
     num_slow = types.count(SLOW)
     budget = (options.min_pixels, options.max_pixels, options.total_pixels)
     sizes = slow_fast_sizes(*size, num_slow, len(types) - num_slow, policy, *budget)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvkeye.errors import MediaError
+from kvkeye.media.frame import Frame
 from kvkeye.media.limits import MediaLimits
 from kvkeye.media.options import Kind, MediaOptions
-from kvkeye.media.resize import BICUBIC, FACTOR, Frame
+from kvkeye.media.resize import BICUBIC, FACTOR
 from kvkeye.media.sampling import VideoPolicy
 
 CLIENT_PIXELS = {"preview": (4 * 784, 16_384 * 784), "1.5": (4 * 784, 20_480 * 784)}  # of the client utilities

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 from kvkeye.errors import RequestError
-from kvkeye.media.image import Alpha
+from kvkeye.media.decode.picture import Alpha
 
 Kind = Literal["image", "video"]
 
@@ -21,7 +21,12 @@ _INTEGERS = (
     "min_pixels", "max_pixels", "resized_height", "resized_width", "nframes", "min_frames", "max_frames",
     "total_pixels",
 )  # fmt: skip
-_ALIASES = {"num_frames": "nframes", "video_total_pixels": "total_pixels"}
+_ALIASES = {
+    "num_frames": "nframes",
+    "video_total_pixels": "total_pixels",
+    "start": "video_start",
+    "end": "video_end",
+}
 _IGNORED = ("detail",)  # OpenAI's hint for its own models
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from kvkeye.media.resize import Frame
+from kvkeye.media.frame import Frame
 
 
 def patchify(groups: Sequence[Frame], patch_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -9,29 +9,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from kvkeye.errors import MediaError
+from kvkeye.media.frame import Frame, check_aspect
 
-Frame = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, as `resample` in preprocessor_config.json
 FACTOR = 28
-MAX_ASPECT = 200.0
-
-
-def check_aspect(height: int, width: int, limit: float = MAX_ASPECT, where: str = "image") -> None:
-    """Raises `MediaError` where one side is more than `limit` times the other, or a side is empty."""
-    if min(height, width) < 1:
-        raise MediaError(f"{where}: {width}x{height} pixels; both sides must be at least 1.")
-    if max(height, width) > limit * min(height, width):
-        aspect = max(height, width) / min(height, width)
-        raise MediaError(
-            f"{where}: {width}x{height} pixels is an aspect ratio of {aspect:.1f}; at most {limit:g} is "
-            "accepted. Crop it or cut it in parts."
-        )
 
 
 def processor_size(

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
-from kvkeye.media.resize import FACTOR, Frame, as_tensor, client_size
+from kvkeye.media.frame import Frame
+from kvkeye.media.resize import FACTOR, as_tensor, client_size
 from kvkeye.media.sampling import TOKEN, VideoPolicy
 
 SLOW, FAST = 0, 1

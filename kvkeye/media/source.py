@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import stat
 from pathlib import Path
@@ -86,21 +87,13 @@ def open_file(path: Path, max_bytes: int, where: str) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_bytes(source: object, max_bytes: int, limits: MediaLimits, where: str) -> bytes:
-    """All bytes of a path, URI or bytes-like object, at most `max_bytes`. Raises `MediaError`."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        check_size(len(source), max_bytes, where)
-        return bytes(source)
+def open_source(source: object, max_bytes: int, limits: MediaLimits, where: str, accepted: str) -> BinaryIO:
+    """An open file of at most `max_bytes` for a path, a URI or a bytes-like object. Raises `MediaError`."""
     if isinstance(source, str) and is_data_uri(source):
-        data = decode_base64(split_data_uri(source, where)[1], max_bytes, where)
-        check_size(len(data), max_bytes, where)
-        return data
+        source = decode_base64(split_data_uri(source, where)[1], max_bytes, where)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        check_size(memoryview(source).nbytes, max_bytes, where)
+        return io.BytesIO(source)  # `bytes` are shared, not copied
     if isinstance(source, (str, os.PathLike)):
-        with open_file(to_path(source, limits, where), max_bytes, where) as file:
-            data = file.read(max_bytes + 1)  # the file may have grown since its size was read
-        check_size(len(data), max_bytes, where)
-        return data
-    raise MediaError(
-        f"{where}: an object of type {type(source).__name__}; accepted are a path, bytes, a data: URI, "
-        "a PIL image, a numpy array [H, W, 3] and a torch tensor [3, H, W]."
-    )
+        return open_file(to_path(source, limits, where), max_bytes, where)
+    raise MediaError(f"{where}: an object of type {type(source).__name__}; accepted are {accepted}.")

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from kvkeye.errors import MediaError
-from kvkeye.media.clip import FrameList, ShorterThanCounted, VideoFile
+from kvkeye.media.clip import FrameList
+from kvkeye.media.decode.video import VideoFile
+from kvkeye.media.frame import ShorterThanCounted
 from kvkeye.media.limits import MediaLimits
 from tests.media.movies import claim_length, greys, hide_frames, turn_right, write_movie
 from tests.samples import clip
