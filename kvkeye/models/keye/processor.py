@@ -16,6 +16,8 @@ import torch
 from tokenizers import Tokenizer
 
 from kvkeye.errors import ConfigError, RequestError
+from kvkeye.media.decode.decoder import Decoder
+from kvkeye.media.decode.pool import MediaDecoder
 from kvkeye.media.job import LoadedMedia
 from kvkeye.media.limits import MediaLimits
 from kvkeye.media.load import load_media
@@ -71,7 +73,10 @@ class ProcessedPrompt:
 
 
 class KeyeProcessor:
-    """Tokenizer, chat template and media rules of one checkpoint. Safe to call from several threads."""
+    """Tokenizer, chat template and media rules of one checkpoint. Safe to call from several threads.
+
+    Files are decoded by `decoder`, by default in worker processes that start with the first file; `close` ends them.
+    """
 
     def __init__(
         self,
@@ -81,11 +86,13 @@ class KeyeProcessor:
         preprocessor: Preprocessor,
         generation_defaults: Mapping[str, Any] | None = None,
         limits: MediaLimits | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self.config, self.tokenizer, self.template = config, tokenizer, template
         self.preprocessor = preprocessor
         self.generation_defaults: dict[str, Any] = dict(generation_defaults or {})
         self.limits = limits or MediaLimits()
+        self.decoder = decoder or MediaDecoder()
         self.max_tokens = config.text.max_position_embeddings
         self.eos_token_ids = _eos_token_ids(config, self.generation_defaults)
         self._pads = {"image": config.image_token_id, "video": config.video_token_id}
@@ -97,8 +104,13 @@ class KeyeProcessor:
         self._special = self._special_tokens()
 
     @classmethod
-    def from_folder(cls, folder: str | Path, limits: MediaLimits | None = None) -> KeyeProcessor:
-        """Reads config, tokenizer, chat template, preprocessor and generation files. Raises ConfigError."""
+    def from_folder(
+        cls, folder: str | Path, limits: MediaLimits | None = None, media_workers: int | None = None
+    ) -> KeyeProcessor:
+        """Reads config, tokenizer, chat template, preprocessor and generation files. Raises ConfigError.
+
+        `media_workers`: processes that decode files; 0 decodes in this one; default: a core each, at most 4.
+        """
         folder = Path(folder)
         config = KeyeConfig.from_folder(folder)
         generation = folder / "generation_config.json"
@@ -109,7 +121,13 @@ class KeyeProcessor:
             Preprocessor.from_folder(folder, config),
             read_json(generation) if generation.exists() else None,
             limits,
+            MediaDecoder(media_workers),
         )
+
+    def close(self) -> None:
+        """Ends the decoding processes. May be called again."""
+        if isinstance(self.decoder, MediaDecoder):
+            self.decoder.close()
 
     def process(
         self, messages: Sequence[Mapping[str, Any]], mode: str | None = None, add_generation_prompt: bool = True
@@ -217,6 +235,7 @@ class KeyeProcessor:
             item.where,
             lambda tokens: self._check_length(max(used, num_text) + tokens),
             room,
+            self.decoder,
         )
         vision = self.config.vision
         patch = vision.patch_size
