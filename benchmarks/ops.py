@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _measure import machine, median_times
 
 from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
@@ -46,20 +43,6 @@ PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "varlen_attention": ("torch SDPA", sdpa),
     "token_logprobs": ("torch.cross_entropy", lambda x, t: -F.cross_entropy(x.float(), t, reduction="none")),
 }
-
-
-def median_times(sides: list[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median seconds per call of each side, the sides taking turns."""
-    times: list[list[float]] = [[] for _ in sides]
-    for side in sides:
-        side()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for side, record in zip(sides, times):
-            start = time.perf_counter()
-            side()
-            record.append(time.perf_counter() - start)
-    return [statistics.median(record) for record in times]
 
 
 def copy_bandwidth() -> float:
@@ -100,19 +83,6 @@ def measure(op: ops.Op, case: Case, dtype: str, seconds: float, bandwidth: float
         "ratio": other / own, "gb_per_s": case.cost.bytes / own / 1e9, "gflop_per_s": case.cost.flops / own / 1e9,
         "share_of_copy": case.cost.bytes / own / bandwidth,
     }  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(), "cpu": _cpu_name(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:
