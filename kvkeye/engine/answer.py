@@ -5,17 +5,18 @@ Knows a decode function and a parser of tags, both passed in; must not know the 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from kvkeye.engine.batch import Prompt
 from kvkeye.engine.detokenize import Detokenizer, StopStrings
-from kvkeye.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from kvkeye.engine.outputs import STAGES, CompletionOutput, Logprob, OnStage, RequestMetrics, RequestOutput, Stage
 from kvkeye.engine.request import Request, SamplingParams, Sequence, State
 
 Decode = Callable[[list[int]], str]
+logger = logging.getLogger("kvkeye.engine")
 
 
 class Parser(Protocol):
@@ -101,19 +102,36 @@ class Tracker:
     """All answers of a request with their times. `new_parser` makes a parser per answer; None for raw text."""
 
     def __init__(
-        self, request: Request, decode: Decode, new_parser: Callable[[], Parser] | None, prepare_ms: float
+        self,
+        request: Request,
+        decode: Decode,
+        new_parser: Callable[[], Parser] | None,
+        prepare_ms: float,
+        on_stage: OnStage | None = None,
     ) -> None:
         self.request = request
         self.times = Times()
+        self.stage: Stage | None = None
+        self.vision_ms = 0.0
         self.error: str | None = None
         self._decode = decode
         self._new_parser = new_parser
         self._prepare_ms = prepare_ms
+        self._on_stage = on_stage
         self._answers: dict[int, Answer] = {}
 
-    def note_step(self, now: float) -> None:
+    def enter(self, stage: Stage) -> None:
+        """Notes that a stage begins; stages only go forward."""
         if self.times.first_step is None:
-            self.times.first_step = now
+            self.times.first_step = time.perf_counter()
+        if self.stage is not None and STAGES.index(stage) <= STAGES.index(self.stage):
+            return
+        self.stage = stage
+        if self._on_stage is not None:
+            try:
+                self._on_stage(stage)
+            except Exception:
+                logger.exception("request %s: its on_stage failed", self.request.request_id)
 
     def push(self, seq: Sequence, logprobs: dict[int, Logprob] | None) -> bool:
         """Takes the row's newest token if it has one; True if a stop string ends the row now."""
@@ -159,14 +177,13 @@ class Tracker:
         decode_ms = _ms(times.first_token, times.last_token)
         # The first token of each answer belongs to the prefill.
         num_decoded = num_generated - len(sequences)
-        prompt: Prompt = self.request.payload
         return RequestMetrics(
             num_prompt_tokens=len(self.request.prompt),
             num_generated_tokens=num_generated,
             num_cached_tokens=sequences[0].num_cached,
             num_preemptions=sum(seq.num_preemptions for seq in sequences),
             prepare_ms=self._prepare_ms,
-            vision_ms=sum(item.encode_ms for item in prompt.items),
+            vision_ms=self.vision_ms,
             queue_ms=_ms(times.arrival, times.first_step),
             prefill_ms=_ms(times.first_step, times.first_token),
             decode_ms=decode_ms,

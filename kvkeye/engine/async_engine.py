@@ -1,4 +1,4 @@
-"""The engine for services: one thread runs the steps, coroutines wait for their answers.
+"""The engine for services: one thread runs the steps, a few prepare media, coroutines wait for their answers.
 
 Installs no signal handlers and touches no event loop but that of its callers.
 """
@@ -11,13 +11,14 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import TracebackType
-from typing import Any
 
 from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.engine import Engine, EngineStats
 from kvkeye.engine.outputs import RequestOutput
-from kvkeye.engine.prepare import PromptLike
+from kvkeye.engine.prepare import Prepared, PromptLike, has_media
+from kvkeye.engine.prepare_queue import Lease, PrepareQueue
 from kvkeye.engine.request import SamplingParams
 from kvkeye.errors import CapacityError, KvkeyeError, RequestError
 
@@ -69,6 +70,7 @@ class AsyncEngine:
             raise RequestError("AsyncEngine: pass either a config or an engine.")
         self._config = config
         self._engine = engine
+        self._queue: PrepareQueue | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
         self._commands: list[Callable[[Engine], None]] = []
@@ -85,6 +87,8 @@ class AsyncEngine:
             return
         if self._engine is None and self._config is not None:
             self._engine = await asyncio.to_thread(Engine.from_config, self._config)
+        if self._engine is not None:
+            self._queue = self._engine.prepare_queue()
         self._thread = threading.Thread(target=self._loop, name="kvkeye-engine", daemon=True)
         self._thread.start()
 
@@ -105,6 +109,8 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        if self._queue is not None:
+            await asyncio.to_thread(self._queue.close)
         self._engine = None
 
     async def __aenter__(self) -> AsyncEngine:
@@ -117,7 +123,7 @@ class AsyncEngine:
         await self.close()
 
     def stats(self) -> EngineStats:
-        return self._live().stats()
+        return self._live()[0].stats()
 
     @property
     def is_healthy(self) -> bool:
@@ -139,9 +145,10 @@ class AsyncEngine:
         """Snapshots of the answer to messages, text or token ids, the last one `finished`.
 
         Raises RequestError, MediaError or CapacityError before the first snapshot, and TimeoutError `timeout` seconds
-        after the call.
+        after the call. Media are prepared in the order of (priority, arrival); a reader that leaves before its turn
+        costs nothing.
         """
-        engine = self._live()
+        engine, queue = self._live()
         if self._is_draining:
             raise CapacityError("AsyncEngine: it is draining and admits no more requests. Ask another instance.")
         name = request_id or uuid.uuid4().hex
@@ -149,10 +156,12 @@ class AsyncEngine:
             raise RequestError(f"request {name!r}: this id is already running. Choose another.", param="request_id")
         deadline = None if timeout is None else time.monotonic() + timeout
         mailbox = self._mailboxes[name] = _Mailbox()
+        lease = queue.lease()
         is_finished = False
         try:
-            ready = await asyncio.wait_for(asyncio.to_thread(engine.prepare, prompt, mode), timeout)
-            self._post(lambda e: self._admit(e, name, ready, sampling_params, priority, salt))
+            ready = await asyncio.wait_for(_prepared(engine, queue, prompt, mode, priority, lease), timeout)
+            self._post(partial(self._admit, name, mailbox, ready, sampling_params, priority, salt, lease))
+            del ready  # the pixels end with the request, not with its reader
             while not is_finished:
                 output = await mailbox.get(deadline)
                 is_finished = output.finished
@@ -163,6 +172,7 @@ class AsyncEngine:
             ) from None
         finally:
             self._mailboxes.pop(name, None)
+            lease.release()
             if not is_finished:
                 self._post(lambda e: _discard(e.abort(name)))
 
@@ -172,25 +182,33 @@ class AsyncEngine:
 
     # The engine's thread
 
-    def _live(self) -> Engine:
+    def _live(self) -> tuple[Engine, PrepareQueue]:
         if self._failure is not None:
             raise _stopped(self._failure)
-        if self._engine is None or self._thread is None or self._is_closing:
+        if self._engine is None or self._queue is None or self._thread is None or self._is_closing:
             raise RequestError("AsyncEngine: it is not running. Call start() first, and do not use it after close().")
-        return self._engine
+        return self._engine, self._queue
 
     def _post(self, command: Callable[[Engine], None]) -> None:
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
 
-    def _admit(self, engine: Engine, name: str, *request: Any) -> None:
-        prompt, sampling, priority, salt = request
-        mailbox = self._mailboxes.get(name)
-        if mailbox is None:  # its reader left before it arrived
+    def _admit(
+        self,
+        name: str,
+        mailbox: _Mailbox,
+        ready: Prepared,
+        sampling: SamplingParams | None,
+        priority: int,
+        salt: str,
+        lease: Lease,
+        engine: Engine,
+    ) -> None:
+        if self._mailboxes.get(name) is not mailbox:  # its reader left before it arrived
             return
         try:
-            engine.add(name, prompt, sampling, priority=priority, salt=salt)
+            engine.add(name, ready, sampling, priority=priority, salt=salt, on_stage=lambda stage: lease.release())
         except KvkeyeError as error:
             mailbox.put(error)
 
@@ -200,7 +218,7 @@ class AsyncEngine:
             mailbox.put(output)
 
     def _loop(self) -> None:
-        engine = self._live()
+        engine, _ = self._live()
         try:
             while not self._is_closing:
                 self._obey(engine)
@@ -222,6 +240,19 @@ class AsyncEngine:
             commands, self._commands = self._commands, []
         for command in commands:
             command(engine)
+
+
+async def _prepared(
+    engine: Engine, queue: PrepareQueue, prompt: PromptLike, mode: str | None, priority: int, lease: Lease
+) -> Prepared:
+    """Text does not stand in line behind media."""
+    if not has_media(prompt):
+        return await asyncio.to_thread(engine.prepare, prompt, mode)
+    job = queue.submit(prompt, mode, priority, lease)
+    try:
+        return await asyncio.wrap_future(job.future)
+    finally:
+        queue.discard(job)
 
 
 def _stopped(error: Exception) -> KvkeyeError:

@@ -5,6 +5,7 @@ Knows rows, prompts and their media; must not know the model, the caches or the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,7 +17,7 @@ from torch import Tensor
 from kvkeye.engine.prefix_cache import span_key
 from kvkeye.engine.request import MediaSpan, SamplingParams, Sequence
 from kvkeye.engine.scheduler import Row, Step
-from kvkeye.models.keye.positions import MediaKind
+from kvkeye.models.keye.positions import MediaGrid, MediaKind
 
 
 class Media(Protocol):
@@ -35,53 +36,68 @@ class Media(Protocol):
 
 
 @dataclass(eq=False)
-class MediaItem:
-    """One picture or clip of a request; `embeds` [tokens, hidden] while its prompt still needs them."""
-
-    media: Media
-    embeds: Tensor | None = None
-    encode_ms: float = 0.0
-
-
-@dataclass(eq=False)
 class Prompt:
     """The tensors of a request, carried as its payload.
 
-    positions       [3, n] int64; a token generated at cache length m has position m + position_delta on all axes
-    items           media, in order
-    span_sources    for each media span of the request: (index into items, first row of its embeddings)
+    positions   [3, n] int64; a token generated at cache length m has position m + position_delta on all axes
+    media       pictures and clips, in order
+    parts       for each media span of the request: (index into media, index of the grid, its first patch)
     """
 
     positions: Tensor
     position_delta: int
-    items: list[MediaItem] = field(default_factory=list)
-    span_sources: list[tuple[int, int]] = field(default_factory=list)
+    media: list[Media] = field(default_factory=list)
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
 
     @classmethod
     def build(cls, positions: Tensor, position_delta: int, media: list[Media]) -> tuple[Prompt, tuple[MediaSpan, ...]]:
-        """The payload, and the spans that name the prompt's media for the prefix cache."""
+        """The payload, and the spans that name the prompt's media for the caches.
+
+        A span is what attends to itself and can be encoded alone: a picture, a Preview clip, a frame of a 1.5 clip.
+        """
         found = []
         for item, content in enumerate(media):
-            offset = 0
-            for index, (start, length) in enumerate(content.spans):
+            first = 0
+            for index, ((start, length), grid) in enumerate(zip(content.spans, content.grids)):
                 # Rotary positions belong to the content: the same pixels under another clock are other keys.
                 places = positions[:, start : start + length].contiguous().numpy().tobytes()
-                found.append((MediaSpan(start, length, span_key(content.key, index, places)), (item, offset)))
-                offset += length
+                num_patches = math.prod(grid)
+                key, embeds = span_key(content.key, index, places), span_key(content.key, index, b"")
+                found.append((MediaSpan(start, length, key, embeds, num_patches), (item, index, first)))
+                first += num_patches
         found.sort(key=lambda pair: pair[0].start)
-        prompt = cls(positions, position_delta, [MediaItem(content) for content in media], [pair[1] for pair in found])
+        prompt = cls(positions, position_delta, list(media), [pair[1] for pair in found])
         return prompt, tuple(pair[0] for pair in found)
+
+    def pixels(self, span: int) -> tuple[Tensor, MediaGrid]:
+        """pixel_values [n, 588] and the grid of the media span of this number."""
+        item, index, first = self.parts[span]
+        media = self.media[item]
+        grid = MediaGrid(media.kind, media.grids[index])
+        return media.pixel_values[first : first + grid.num_patches], grid
+
+
+@dataclass(frozen=True)
+class EncodeBatch:
+    """One pass of the encoder over media of any number of requests.
+
+    names         of the embeddings, one per grid
+    pixel_values  [n, 588] each
+    """
+
+    names: list[bytes]
+    pixel_values: list[Tensor]
+    grids: list[MediaGrid]
 
 
 @dataclass(frozen=True)
 class MediaUse:
-    """Rows [first, first + length) of the step take embeddings [offset, offset + length) of `item`."""
+    """Rows [first, first + length) of the step take rows [offset, offset + length) of the embeddings `name`."""
 
-    item: MediaItem
+    name: bytes
     first: int
     offset: int
     length: int
-    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,18 @@ class ForwardBatch:
     num_samples: list[int]
     media: list[MediaUse]
     sample: SampleBatch
+
+
+def build_encodings(step: Step, find: Callable[[int], Sequence]) -> EncodeBatch:
+    """The media that `step` encodes. `find` gives the row of an id; its request's payload is a `Prompt`."""
+    batch = EncodeBatch([], [], [])
+    for encoding in step.encodings:
+        prompt: Prompt = find(encoding.seq_id).request.payload
+        pixels, grid = prompt.pixels(encoding.index)
+        batch.names.append(encoding.embeds)
+        batch.pixel_values.append(pixels)
+        batch.grids.append(grid)
+    return batch
 
 
 def build(step: Step, find: Callable[[int], Sequence], block_size: int, device: torch.device) -> ForwardBatch:
@@ -186,22 +214,10 @@ def _slots(row: Row, block_size: int) -> Iterator[int]:
 
 def _media_uses(row: Row, seq: Sequence, first: int) -> Iterator[MediaUse]:
     """What the row's tokens take from media; a chunk may begin and end inside a span."""
-    request = seq.request
-    if not request.media or row.start >= request.media[-1].end:
-        return
-    prompt: Prompt = request.payload
     end = row.start + len(row.tokens)
-    sources = dict(zip(request.media, prompt.span_sources))
-    for span in request.media_between(row.start, end):
-        index, offset = sources[span]
+    for span in seq.request.media_between(row.start, end):
         start, stop = max(row.start, span.start), min(end, span.end)
-        yield MediaUse(
-            item=prompt.items[index],
-            first=first + start - row.start,
-            offset=offset + start - span.start,
-            length=stop - start,
-            is_last=stop == span.end and max(s + n for s, n in prompt.items[index].media.spans) == span.end,
-        )
+        yield MediaUse(span.embeds, first + start - row.start, start - span.start, stop - start)
 
 
 def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.device) -> SampleBatch:

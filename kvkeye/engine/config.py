@@ -22,10 +22,13 @@ class EngineConfig:
     max_num_seqs            answers computed in one step
     max_num_batched_tokens  tokens computed in one step
     max_prefill_chunk       tokens of one prompt computed in one step; None: whatever the step has left
+    max_num_encoder_patches patches of media encoded in one step; a picture or joint clip of more is encoded alone
     max_waiting             requests that may wait before a CapacityError; None: no limit
     num_blocks              KV blocks; None: from kv_cache_memory
     kv_cache_memory         bytes; None: what max_num_seqs full contexts need, at most 40 % of the free memory
     encoder_cache_memory    bytes of media embeddings kept for later requests
+    num_prepare_threads     threads that decode and resize media for coming requests while steps run
+    prepared_media_memory   bytes of pixels of requests before their first step; above it preparation pauses
     enable_prefix_cache     reuse KV blocks of equal beginnings, answers included
     backends                order of op implementations, e.g. "cpp"; "" leaves the default order
     invariant               an answer's bits do not depend on other requests; a warning says where that cannot hold
@@ -41,10 +44,13 @@ class EngineConfig:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
     max_prefill_chunk: int | None = None
+    max_num_encoder_patches: int = 4096
     max_waiting: int | None = None
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     encoder_cache_memory: int = 256 << 20
+    num_prepare_threads: int = 2
+    prepared_media_memory: int = 1 << 30
     enable_prefix_cache: bool = True
     backends: str = ""
     invariant: bool = True
@@ -59,7 +65,8 @@ class EngineConfig:
             raise ConfigError(
                 f"EngineConfig.dtype: got {self.dtype!r}; expected one of {', '.join(DTYPES)}, or None to choose."
             )
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        counts = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_encoder_patches")
+        for name in (*counts, "num_prepare_threads"):
             self._check_count(name, low=1)
         for name in ("max_model_len", "max_prefill_chunk", "num_blocks", "kv_cache_memory"):
             if getattr(self, name) is not None:
@@ -67,6 +74,7 @@ class EngineConfig:
         if self.max_waiting is not None:
             self._check_count("max_waiting", low=0)
         self._check_count("encoder_cache_memory", low=0)
+        self._check_count("prepared_media_memory", low=0)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"EngineConfig.block_size: got {self.block_size}; expected a power of two, e.g. 32.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -21,10 +21,12 @@ from kvkeye.engine.backends import serving_backends
 from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import BlockManager
 from kvkeye.engine.config import EngineConfig
+from kvkeye.engine.encoder_cache import EncoderCache
 from kvkeye.engine.machine import available_bytes, default_device, default_dtype
 from kvkeye.engine.memory import check_weights_fit, plan_cache
-from kvkeye.engine.outputs import Logprob, RequestOutput
+from kvkeye.engine.outputs import Logprob, OnStage, RequestOutput
 from kvkeye.engine.prepare import Prepared, Processor, PromptLike, prepare
+from kvkeye.engine.prepare_queue import PrepareQueue
 from kvkeye.engine.request import (
     DEFAULT_MAX_TOKENS,
     MAX_SALT_BYTES,
@@ -63,6 +65,8 @@ class EngineStats:
     num_blocks: int
     num_used_blocks: int
     num_cached_blocks: int
+    num_encoder_steps: int
+    num_encoded_patches: int
     encoder_hits: int
     encoder_misses: int
     encoder_bytes: int
@@ -85,16 +89,23 @@ class Engine:
         self.vocab_size = text.vocab_size
         self.max_model_len = plan.max_model_len
         backends = serving_backends(config, model.device)
-        self.runner = Runner(model, plan.num_blocks, config.block_size, config.encoder_cache_memory, backends)
+        self.runner = Runner(model, plan.num_blocks, config.block_size, backends)
         limits = Limits(
-            config.max_num_seqs, config.max_num_batched_tokens, plan.max_model_len, config.max_prefill_chunk
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            max_prefill_chunk=config.max_prefill_chunk,
+            max_num_encoder_patches=config.max_num_encoder_patches,
         )
         blocks = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_cache)
-        self.scheduler = Scheduler(limits, blocks)
+        token_bytes = text.hidden_size * model.dtype.itemsize
+        self.scheduler = Scheduler(limits, blocks, EncoderCache(config.encoder_cache_memory // token_bytes))
         self._new_parser = new_parser
         self._trackers: dict[str, Tracker] = {}
         self._num_requests = 0
         self._num_steps = 0
+        self._num_encoder_steps = 0
+        self._num_encoded_patches = 0
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
@@ -123,6 +134,10 @@ class Engine:
         """Decodes media and tokenises. Slow, and safe to call from any thread."""
         return prepare(self.processor, prompt, mode, self.vocab_size)
 
+    def prepare_queue(self) -> PrepareQueue:
+        """Threads that prepare media, none running yet; to be closed by its user."""
+        return PrepareQueue(self.prepare, self.config.num_prepare_threads, self.config.prepared_media_memory)
+
     def default_sampling(self) -> SamplingParams:
         """The checkpoint's own generation values."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -140,10 +155,12 @@ class Engine:
         *,
         priority: int = 0,
         salt: str = "",
+        on_stage: OnStage | None = None,
     ) -> None:
         """Queues a request; RequestError, MediaError or CapacityError with nothing changed if it cannot run.
 
-        Requests with different `salt` share no cached blocks. Lower `priority` runs earlier.
+        Requests with different `salt` share no cached blocks. Lower `priority` runs earlier. `on_stage` hears of the
+        stages before the first token.
         """
         sampling = sampling or self.default_sampling()
         self._check_entry(request_id, sampling, salt)
@@ -168,7 +185,7 @@ class Engine:
             return self.processor.decode(ids, skip_special_tokens=sampling.skip_special_tokens)
 
         new_parser = self._new_parser if ready.is_chat else None
-        self._trackers[request_id] = Tracker(request, decode, new_parser, ready.prepare_ms)
+        self._trackers[request_id] = Tracker(request, decode, new_parser, ready.prepare_ms, on_stage)
 
     def _check_entry(self, request_id: str, sampling: SamplingParams, salt: str) -> None:
         if not isinstance(sampling, SamplingParams):
@@ -203,6 +220,7 @@ class Engine:
             if seq.state is not State.FINISHED:
                 tracker.close(seq)
         self.scheduler.abort(request_id)
+        self.runner.forget(self.scheduler.encoder.take_dropped())
         return self._settle(tracker)
 
     @property
@@ -212,30 +230,62 @@ class Engine:
     # Steps
 
     def step(self) -> list[RequestOutput]:
-        """Runs one forward pass; returns a snapshot of each request that gained a token or ended.
+        """Encodes some media and runs one forward pass; returns snapshots of requests that gained a token or ended.
 
-        A failure of the pass ends the requests that took part with reason "error"; the engine goes on.
+        A failure of either ends the requests that took part in it with reason "error"; the engine goes on.
         """
         step = self.scheduler.schedule()
-        if not step.rows:
+        if step.is_empty:
             return []
         self._num_steps += 1
-        now = time.perf_counter()
+        for seq_id in step.seq_ids:
+            self._tracker_of(self.scheduler.sequence(seq_id)).enter("start")
+        lost = self._encode(step) if step.encodings else []
+        changed, drawn = self._forward(step.without(lost))
+        self.runner.forget(self.scheduler.encoder.take_dropped())
+        if self.config.check_every_step:
+            self.scheduler.check()
+        return self._report(lost + changed, drawn)
+
+    def _encode(self, step: Step) -> list[Sequence]:
+        """Computes the step's media embeddings; returns the rows that a failure has ended."""
+        owners = [self._tracker_of(self.scheduler.sequence(encoding.seq_id)) for encoding in step.encodings]
+        for tracker in owners:
+            tracker.enter("vision")
+        start = time.perf_counter()
+        try:
+            self.runner.encode(batches.build_encodings(step, self.scheduler.sequence))
+        except Exception as error:
+            return self._failed("encoding", error, self.scheduler.fail_encodings(step))
+        self.scheduler.finish_encodings(step)
+        num_patches = sum(encoding.num_patches for encoding in step.encodings)
+        elapsed = 1e3 * (time.perf_counter() - start)
+        for tracker, encoding in zip(owners, step.encodings):
+            tracker.vision_ms += elapsed * encoding.num_patches / num_patches
+        self._num_encoder_steps += 1
+        self._num_encoded_patches += num_patches
+        return []
+
+    def _forward(self, step: Step) -> tuple[list[Sequence], dict[tuple[str, int], dict[int, Logprob] | None]]:
+        """Computes the step's rows; returns those that got a token or ended, and log-probabilities."""
+        if not step.rows:
+            return self.scheduler.finish(step, {}), {}
         for row in step.rows:
-            self._tracker_of(self.scheduler.sequence(row.seq_id)).note_step(now)
-        drawn: dict[tuple[str, int], dict[int, Logprob] | None] = {}
+            seq = self.scheduler.sequence(row.seq_id)
+            if (tracker := self._tracker_of(seq)).stage != "prefill" and self.scheduler.has_embeddings(seq):
+                tracker.enter("prefill")
         try:
             result = self._run(step)
             drawn = self._logprobs(step, result)
-            changed = self.scheduler.finish(step, result.tokens)
+            return self.scheduler.finish(step, result.tokens), drawn
         except Exception as error:
-            logger.exception("a step of %d rows failed", len(step.rows))
-            changed = self.scheduler.fail(step)
-            for seq in changed:
-                self._tracker_of(seq).error = f"{type(error).__name__}: {error}"
-        if self.config.check_every_step:
-            self.scheduler.check()
-        return self._report(changed, drawn)
+            return self._failed("forward pass", error, self.scheduler.fail(step)), {}
+
+    def _failed(self, what: str, error: Exception, ended: list[Sequence]) -> list[Sequence]:
+        logger.error("a step's %s failed and ended %d answers", what, len(ended), exc_info=error)
+        for seq in ended:
+            self._tracker_of(seq).error = f"{type(error).__name__}: {error}"
+        return ended
 
     def _run(self, step: Step) -> StepResult:
         batch = batches.build(step, self.scheduler.sequence, self.config.block_size, self.runner.model.device)
@@ -280,7 +330,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters since the start; token counts of requests that have ended."""
-        pool, encoder = self.scheduler.blocks.pool, self.runner.encoder_cache
+        pool, encoder = self.scheduler.blocks.pool, self.scheduler.encoder
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -292,7 +342,9 @@ class Engine:
             num_blocks=pool.num_blocks,
             num_used_blocks=pool.num_used,
             num_cached_blocks=pool.num_cached,
+            num_encoder_steps=self._num_encoder_steps,
+            num_encoded_patches=self._num_encoded_patches,
             encoder_hits=encoder.num_hits,
             encoder_misses=encoder.num_misses,
-            encoder_bytes=encoder.num_bytes,
+            encoder_bytes=self.runner.num_media_bytes,
         )

@@ -10,8 +10,9 @@ from typing import Any
 from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.engine import Engine, EngineStats
 from kvkeye.engine.fair_lock import FairLock
-from kvkeye.engine.outputs import Delta, RequestOutput, deltas
-from kvkeye.engine.prepare import Message, PromptLike, is_conversation
+from kvkeye.engine.lookahead import Lookahead
+from kvkeye.engine.outputs import Delta, OnStage, RequestOutput, deltas
+from kvkeye.engine.prepare import Message, Prepared, PromptLike, is_conversation
 from kvkeye.engine.request import SamplingParams
 from kvkeye.errors import RequestError
 
@@ -21,8 +22,9 @@ Sampling = SamplingParams | Sequence[SamplingParams] | None
 class LLM:
     """A checkpoint ready to answer.
 
-    `LLM(folder, max_model_len=8192)` takes the fields of EngineConfig as keywords. There is no background thread:
-    whoever waits for an answer runs the steps, for all threads that wait.
+    `LLM(folder, max_model_len=8192)` takes the fields of EngineConfig as keywords. No thread outlives a call: whoever
+    waits for an answer runs the steps, for all threads that wait. Only while a list of prompts with media is answered,
+    a few threads prepare the next of them.
     """
 
     def __init__(self, model: str = "", *, engine: Engine | None = None, **config: Any) -> None:
@@ -58,10 +60,20 @@ class LLM:
         return self._run(prompts if is_many else [prompts], sampling, None, priority)
 
     def stream(
-        self, prompt: PromptLike, sampling: SamplingParams | None = None, *, mode: str | None = None, priority: int = 0
+        self,
+        prompt: PromptLike,
+        sampling: SamplingParams | None = None,
+        *,
+        mode: str | None = None,
+        priority: int = 0,
+        on_stage: OnStage | None = None,
     ) -> Iterator[Delta]:
-        """Answers one conversation or prompt piece by piece. Closing the iterator early aborts the request."""
-        request_id = self._submit(prompt, sampling, mode, priority)
+        """Answers one conversation or prompt piece by piece. Closing the iterator early aborts the request.
+
+        `on_stage` is called as "start", "vision" (where there are media to encode) and "prefill" begin, before the
+        first piece.
+        """
+        request_id = self._submit(self._live().prepare(prompt, mode), sampling, priority, on_stage)
         last: RequestOutput | None = None
         try:
             while last is None or not last.finished:
@@ -110,27 +122,29 @@ class LLM:
         each = _per_prompt(sampling, len(prompts))
         results: list[RequestOutput | None] = [None] * len(prompts)
         pending: dict[str, int] = {}
-        # Prepared media are large: only a step's worth of requests is prepared ahead.
+        # Prepared media are large: only a step's worth of requests is admitted ahead.
         window = 2 * self._live().config.max_num_seqs
-        todo = iter(range(len(prompts)))
-        try:
-            while True:
-                while len(pending) < window and (index := next(todo, None)) is not None:
-                    pending[self._submit(prompts[index], each[index], mode, priority)] = index
-                if not pending:
-                    return [output for output in results if output is not None]
-                for output in self._advance(list(pending)):
-                    if output.finished:
-                        results[pending.pop(output.request_id)] = output
-        finally:
-            for request_id in pending:
-                self.abort(request_id)
+        with Lookahead(self._live(), prompts, mode) as ahead:
+            try:
+                while True:
+                    while len(pending) < window and ahead.has_more and (not pending or ahead.is_ready):
+                        index = ahead.index
+                        ready, on_stage = ahead.take()
+                        pending[self._submit(ready, each[index], priority, on_stage)] = index
+                        del ready
+                    if not pending:
+                        return [output for output in results if output is not None]
+                    for output in self._advance(list(pending)):
+                        if output.finished:
+                            results[pending.pop(output.request_id)] = output
+            finally:
+                for request_id in pending:
+                    self.abort(request_id)
 
-    def _submit(self, prompt: PromptLike, sampling: SamplingParams | None, mode: str | None, priority: int) -> str:
+    def _submit(self, ready: Prepared, sampling: SamplingParams | None, priority: int, on_stage: OnStage | None) -> str:
         request_id = uuid.uuid4().hex
-        ready = self._live().prepare(prompt, mode)
         with self._lock:
-            self._live().add(request_id, ready, sampling, priority=priority)
+            self._live().add(request_id, ready, sampling, priority=priority, on_stage=on_stage)
         return request_id
 
     def _advance(self, request_ids: list[str]) -> list[RequestOutput]:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
+
+# A request's first step begins; its first media are being encoded; the rest of its prompt follows, all media are ready.
+Stage = Literal["start", "vision", "prefill"]
+STAGES: tuple[Stage, ...] = ("start", "vision", "prefill")
+# Called in the middle of a step, by the thread that runs it. What it raises is logged and otherwise ignored.
+OnStage = Callable[[Stage], None]
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ class RequestMetrics:
 
     prepare_ms  decoding and resizing of media, tokenising (before arrival)
     queue_ms    waiting for the first step
-    vision_ms   encoding of media, shared cache hits excluded
-    prefill_ms  first step to first token
+    vision_ms   encoding of media, by patches where a pass served several requests; what others had encoded is free
+    prefill_ms  first step to first token, encoding included
     decode_ms   first token to last
     ttft_ms     arrival to first token
     """

@@ -46,10 +46,19 @@ class Prepared:
     is_chat: bool = False
     prepare_ms: float = 0.0
 
+    @property
+    def num_media_bytes(self) -> int:
+        return sum(media.pixel_values.nbytes for media in self.media)
+
 
 def is_conversation(prompt: object) -> bool:
     """A non-empty list of messages, as opposed to token ids or a list of conversations."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def has_media(prompt: PromptLike) -> bool:
+    """Whether preparing it may be slow: messages of several parts, as opposed to plain text or what is prepared."""
+    return is_conversation(prompt) and any(not isinstance(message.get("content"), str) for message in prompt)
 
 
 def prepare(processor: Processor, prompt: PromptLike, mode: str | None, vocab_size: int) -> Prepared:

@@ -149,11 +149,18 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """`length` prompt tokens from `start` that stand for the content named by `key`."""
+    """`length` prompt tokens from `start` that stand for the content named by `key`.
+
+    key          content together with the positions of its tokens: names KV blocks
+    embeds       content alone: names embeddings, shared by every request that shows it
+    num_patches  what computing the embeddings costs; they come in one piece. 0: there is nothing to compute
+    """
 
     start: int
     length: int
     key: bytes
+    embeds: bytes = b""
+    num_patches: int = 0
 
     @property
     def end(self) -> int:
@@ -199,11 +206,15 @@ class Request:
 
     def media_between(self, start: int, end: int) -> Iterable[MediaSpan]:
         """Spans that overlap positions [start, end), in order."""
-        first = bisect_right(self.media, start, key=lambda span: span.end)
-        for span in self.media[first:]:
+        for _, span in self.media_from(start):
             if span.start >= end:
                 return
             yield span
+
+    def media_from(self, start: int) -> Iterable[tuple[int, MediaSpan]]:
+        """(index, span) of the spans that end after `start`, in order."""
+        first = bisect_right(self.media, start, key=lambda span: span.end)
+        return enumerate(self.media[first:], first)
 
 
 def check_spans(media: tuple[MediaSpan, ...], prompt_length: int) -> None:
@@ -225,6 +236,7 @@ class Sequence:
 
     `tokens` is prompt plus answer. The keys and values of the first `num_computed` lie in the blocks of `block_table`.
     `width` answers will start from this row's prompt: n until the prompt is computed and forked, then 1.
+    `embeds` names the media embeddings that are kept for the tokens still to be computed.
     """
 
     seq_id: int
@@ -239,6 +251,7 @@ class Sequence:
     finish_reason: str | None = None
     num_cached: int = 0
     num_preemptions: int = 0
+    embeds: set[bytes] = field(default_factory=set)
 
     @property
     def num_prompt(self) -> int:

@@ -5,8 +5,7 @@ Knows tensors; must not know requests' lives.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,12 +13,10 @@ import torch
 from torch import Tensor
 
 from kvkeye import ops
-from kvkeye.engine.batch import ForwardBatch, MediaItem, SampleBatch
-from kvkeye.engine.encoder_cache import EncoderCache
+from kvkeye.engine.batch import EncodeBatch, ForwardBatch, SampleBatch
 from kvkeye.engine.outputs import Logprob
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
-from kvkeye.models.keye.positions import MediaGrid
 
 # Called with (row id, tokens before the drawn one) per row and the logits [R, V] in the model's dtype.
 LogitsHook = Callable[[list[tuple[int, int]], Tensor], None]
@@ -36,12 +33,10 @@ class StepResult:
 class Runner:
     """One model with its caches. `backends` orders op implementations for everything that runs here."""
 
-    def __init__(
-        self, model: KeyeModel, num_blocks: int, block_size: int, encoder_cache_memory: int, backends: str = ""
-    ) -> None:
+    def __init__(self, model: KeyeModel, num_blocks: int, block_size: int, backends: str = "") -> None:
         self.model = model
         self.backends = backends
-        self.encoder_cache = EncoderCache(encoder_cache_memory)
+        self.media_embeds: dict[bytes, Tensor] = {}  # [tokens, hidden] by name; the scheduler says what stays
         self.logits_hook: LogitsHook | None = None
         text = model.config.text
         shape = (num_blocks, text.num_key_value_heads, block_size, text.head_dim)
@@ -76,34 +71,32 @@ class Runner:
             slot_mapping=batch.slot_mapping,
         )
 
+    def encode(self, batch: EncodeBatch) -> None:
+        """Computes media embeddings, all in one pass of the tower, and keeps them under their names."""
+        with torch.inference_mode(), self._forced():
+            pixels = [part.to(self.model.device) for part in batch.pixel_values]
+            packed = self.model.encode_media(pixels[0] if len(pixels) == 1 else torch.cat(pixels), batch.grids)
+            merge = self.model.config.vision.spatial_merge_size
+            parts = packed.split([grid.num_tokens(merge) for grid in batch.grids])
+            # Copies: a view would keep the whole pack alive.
+            self.media_embeds.update(zip(batch.names, [packed] if len(parts) == 1 else map(torch.clone, parts)))
+
+    def forget(self, names: Iterable[bytes]) -> None:
+        """Frees embeddings; names without any are passed over."""
+        for name in names:
+            self.media_embeds.pop(name, None)
+
+    @property
+    def num_media_bytes(self) -> int:
+        return sum(embeds.nbytes for embeds in self.media_embeds.values())
+
     def _embed(self, batch: ForwardBatch) -> Tensor:
         """[T, H], media embeddings in the rows of their pad tokens."""
         if not batch.media:
             return self.model.embed(batch.token_ids)
-        parts, rows = [], []
-        for use in batch.media:
-            embeds = self._encoded(use.item)
-            parts.append(embeds[use.offset : use.offset + use.length])
-            rows.append(torch.arange(use.first, use.first + use.length))
-        for use in batch.media:
-            if use.is_last:
-                use.item.embeds = None
-        return self.model.embed(batch.token_ids, torch.cat(parts), torch.cat(rows).to(batch.token_ids.device))
-
-    def _encoded(self, item: MediaItem) -> Tensor:
-        """Embeddings [tokens, hidden] of one picture or clip, computed once while the cache keeps them."""
-        if item.embeds is not None:
-            return item.embeds
-        embeds = self.encoder_cache.get(item.media.key)
-        if embeds is None:
-            start = time.perf_counter()
-            media = item.media
-            grids = [MediaGrid(media.kind, grid) for grid in media.grids]
-            embeds = self.model.encode_media(media.pixel_values.to(self.model.device), grids)
-            item.encode_ms += 1e3 * (time.perf_counter() - start)
-            self.encoder_cache.put(item.media.key, embeds)
-        item.embeds = embeds
-        return embeds
+        parts = [self.media_embeds[use.name][use.offset : use.offset + use.length] for use in batch.media]
+        rows = torch.cat([torch.arange(use.first, use.first + use.length) for use in batch.media])
+        return self.model.embed(batch.token_ids, torch.cat(parts), rows.to(batch.token_ids.device))
 
 
 def _logit_names(batch: ForwardBatch) -> list[tuple[int, int]]:

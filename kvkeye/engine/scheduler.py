@@ -2,18 +2,19 @@
 
 One rule covers everything: a row has `num_remaining` tokens without keys and values; a step computes some of them, and
 when none is left the row gets its next token. Prefill, chunked prefill, decoding and the recompute after a
-preemption are the same case.
+preemption are the same case. Tokens that stand for media wait for their embeddings, which steps compute ahead of them.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvkeye.engine.block_manager import BlockManager, ceil_div
-from kvkeye.engine.request import Request, Sequence, State
+from kvkeye.engine.encoder_cache import EncoderCache
+from kvkeye.engine.request import MediaSpan, Request, Sequence, State
 from kvkeye.errors import CapacityError, RequestError
 
 ERROR_TOKEN = -1
@@ -21,12 +22,16 @@ ERROR_TOKEN = -1
 
 @dataclass(frozen=True)
 class Limits:
-    """max_num_seqs rows and max_num_batched_tokens tokens a step; at most max_prefill_chunk tokens of one row."""
+    """max_num_seqs rows and max_num_batched_tokens tokens a step; at most max_prefill_chunk tokens of one row.
+
+    A step encodes max_num_encoder_patches patches of media, or one picture or clip that is larger.
+    """
 
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
     max_model_len: int = 8192
     max_prefill_chunk: int | None = None
+    max_num_encoder_patches: int = 4096
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,36 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """Compute the embeddings named `embeds`: media span number `index` of row `seq_id`'s request."""
+
+    seq_id: int
+    index: int
+    embeds: bytes
+    num_patches: int
+
+
+@dataclass(frozen=True)
 class Step:
-    """One forward pass. `block_copies` (source, target) come first."""
+    """One pass of the encoder, then one of the decoder. `block_copies` (source, target) come before its rows."""
 
     rows: list[Row] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
+    encodings: list[Encoding] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.encodings)
+
+    @property
+    def seq_ids(self) -> set[int]:
+        """Of all rows that take part."""
+        return {encoding.seq_id for encoding in self.encodings} | {row.seq_id for row in self.rows}
+
+    def without(self, seqs: Iterable[Sequence]) -> Step:
+        """The same step without the rows of these."""
+        gone = {seq.seq_id for seq in seqs}
+        return replace(self, rows=[row for row in self.rows if row.seq_id not in gone])
 
     @property
     def num_tokens(self) -> int:
@@ -55,13 +85,14 @@ class Step:
 class Scheduler:
     """Continuous batching: decoding rows first, then running prompts, then waiting ones; by priority, then arrival.
 
-    When blocks run out, the row of worst rank goes back to waiting and is recomputed later. The best-ranked row can
-    always go on, so every request ends. Not thread-safe.
+    When blocks run out, the row of worst rank goes back to waiting and is recomputed later. Media are encoded in the
+    same order. The best-ranked row can always go on, so every request ends. Not thread-safe.
     """
 
-    def __init__(self, limits: Limits, blocks: BlockManager) -> None:
+    def __init__(self, limits: Limits, blocks: BlockManager, encoder: EncoderCache | None = None) -> None:
         self.limits = limits
         self.blocks = blocks
+        self.encoder = EncoderCache(0) if encoder is None else encoder
         self.requests: dict[str, Request] = {}
         self.waiting: list[Sequence] = []  # both lists are kept in rank order
         self.running: list[Sequence] = []
@@ -130,6 +161,7 @@ class Scheduler:
         seq.move_to(State.FINISHED)
         seq.finish_reason = reason
         self.blocks.release(seq)
+        self.encoder.release(seq, seq.embeds)
         del self._by_id[seq.seq_id]
         if seq.request.is_finished:
             del self.requests[seq.request.request_id]
@@ -139,6 +171,7 @@ class Scheduler:
         self.running.remove(seq)
         seq.move_to(State.WAITING)
         self.blocks.release(seq)
+        self.encoder.release(seq, seq.embeds)
         seq.num_preemptions += 1
         self.num_preemptions += 1
         insort(self.waiting, seq, key=_rank)
@@ -157,27 +190,51 @@ class Scheduler:
     # Planning
 
     def schedule(self) -> Step:
-        """Plans one step and reserves its blocks. `finish` or `fail` must follow before the next call."""
-        plan = _Plan(budget=self.limits.max_num_batched_tokens)
+        """Plans one step and reserves its blocks.
+
+        `finish_encodings` or `fail_encodings` must follow, then `finish` or `fail`, before the next call.
+        """
+        plan = _Plan(self.limits.max_num_batched_tokens, self.limits.max_num_encoder_patches)
         self._yield_to_priority()
         num_preemptions = self.num_preemptions
         decoding = [seq for seq in self.running if seq.num_remaining == 1]
         prompts = [seq for seq in self.running if seq.num_remaining > 1]
         for seq in decoding + prompts:
-            if plan.budget and seq.state is State.RUNNING:
+            if seq.state is State.RUNNING:
                 self._place(seq, plan)
         # A step that took blocks away must not hand them to a newcomer.
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
-        return Step(plan.rows, plan.copies)
+        return Step(plan.rows, plan.copies, plan.encodings)
 
     def _chunk(self, seq: Sequence, budget: int) -> int:
         chunk = self.limits.max_prefill_chunk or budget
         return min(seq.num_remaining, chunk, budget)
 
+    def _encode_ahead(self, seq: Sequence, plan: _Plan) -> int:
+        """Keeps for the row what its coming tokens show, in their order, and plans what nobody has encoded yet.
+
+        Returns how many of its tokens have their embeddings when the step's encodings are done. Who finds the budget
+        used up closes it for all that follow: smaller items of others must not overtake for ever.
+        """
+        for index, span in seq.request.media_from(seq.num_computed):
+            if span.num_patches == 0 or span.embeds in seq.embeds:
+                continue
+            if span.embeds not in self.encoder and not plan.encode(seq, index, span):
+                return max(0, span.start - seq.num_computed)
+            self.encoder.keep(seq, span)
+        return seq.num_remaining
+
+    def has_embeddings(self, seq: Sequence) -> bool:
+        """Whether everything that the row's coming tokens show is encoded."""
+        spans = seq.request.media_from(seq.num_computed)
+        return all(span.num_patches == 0 or span.embeds in seq.embeds for _, span in spans)
+
     def _place(self, seq: Sequence, plan: _Plan) -> None:
         """Adds the row's next tokens to the plan, taking blocks from worse-ranked rows if it must."""
-        num_tokens = self._chunk(seq, plan.budget)
+        num_tokens = min(self._encode_ahead(seq, plan), self._chunk(seq, plan.budget))
+        if num_tokens == 0:
+            return
         while not self.blocks.can_reserve(seq, num_tokens):
             victim = next(other for other in reversed(self.running) if other.seq_id not in plan.planned)
             if victim is not seq:
@@ -227,6 +284,19 @@ class Scheduler:
 
     # Results
 
+    def finish_encodings(self, step: Step) -> None:
+        """The step's embeddings exist."""
+        self.encoder.finish([encoding.embeds for encoding in step.encodings])
+
+    def fail_encodings(self, step: Step) -> list[Sequence]:
+        """Ends every row that waits for the step's embeddings, which could not be computed."""
+        lost = {encoding.embeds for encoding in step.encodings}
+        failed = [seq for seq in self._by_id.values() if not lost.isdisjoint(seq.embeds)]
+        for seq in failed:
+            self.end(seq, "error")
+        self.encoder.forget(lost)
+        return failed
+
     def finish(self, step: Step, sampled: Mapping[int, SequenceOf[int]]) -> list[Sequence]:
         """Takes the tokens drawn for each row; returns the rows that got one or ended, forks included.
 
@@ -244,11 +314,18 @@ class Scheduler:
                 changed.append(seq)
                 continue
             self.blocks.commit(seq, len(row.tokens))
+            self._release_passed(seq)
             branches = [seq] + [self._fork(seq, index) for index in range(1, len(tokens))]
             for branch, token in zip(branches, tokens):
                 self._append(branch, token)
                 changed.append(branch)
         return changed
+
+    def _release_passed(self, seq: Sequence) -> None:
+        """Gives up the embeddings that no coming token of the row takes."""
+        if seq.embeds:
+            coming = {span.embeds for _, span in seq.request.media_from(seq.num_computed)}
+            self.encoder.release(seq, seq.embeds - coming)
 
     def _fork(self, parent: Sequence, index: int) -> Sequence:
         child = self._new_sequence(parent.request, index, list(parent.tokens))
@@ -278,6 +355,7 @@ class Scheduler:
     def check(self) -> None:
         """RuntimeError unless blocks, owners, states and limits agree. For tests and idle moments."""
         self.blocks.check(self.sequences())
+        self.encoder.check(self.sequences())
         for name, rows, state in (("waiting", self.waiting, State.WAITING), ("running", self.running, State.RUNNING)):
             if any(seq.state is not state for seq in rows) or rows != sorted(rows, key=_rank):
                 raise RuntimeError(f"the {name} list is out of order or holds rows of another state")
@@ -296,9 +374,20 @@ class _Plan:
     """A step while it is put together."""
 
     budget: int
+    encoder_budget: int
     rows: list[Row] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    encodings: list[Encoding] = field(default_factory=list)
     planned: set[int] = field(default_factory=set)
+
+    def encode(self, seq: Sequence, index: int, span: MediaSpan) -> bool:
+        """False if the span does not fit any more. One that fits no budget goes alone."""
+        if span.num_patches > self.encoder_budget and self.encodings:
+            self.encoder_budget = 0
+            return False
+        self.encodings.append(Encoding(seq.seq_id, index, span.embeds, span.num_patches))
+        self.encoder_budget = max(0, self.encoder_budget - span.num_patches)
+        return True
 
     def add(self, seq: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
         tokens = seq.tokens[seq.num_computed : seq.num_computed + num_tokens]

@@ -82,7 +82,8 @@ def test_after_preemption_at_any_moment():
 def test_with_a_small_encoder_cache():
     served = served_by(encoder_cache_memory=0, enable_prefix_cache=False)
     check(logits_of(served, PROMPTS, rounds=2))
-    assert served.stats().encoder_hits == 0
+    # In each round two requests show one picture at the same time; nothing is left for the next round.
+    assert (served.stats().encoder_hits, served.stats().encoder_misses) == (2, 2 * 5)
 
 
 def test_whatever_lies_in_unwritten_blocks():

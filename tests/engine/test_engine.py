@@ -209,7 +209,7 @@ def test_nan_logits_end_their_request_only():
     served = engine()
     served.add("bad", prompt(1, 9, picture(1, (1, 2, 2))), greedy(5))
     served.add("good", prompt(2, 20), greedy(20))
-    served.scheduler._by_id[0].request.payload.items[0].media.pixel_values[0, 0] = math.nan
+    served.scheduler._by_id[0].request.payload.media[0].pixel_values[0, 0] = math.nan
     outputs = run(served)
     assert outputs["bad"].outputs[0].finish_reason == "error" and "probabilities" in outputs["bad"].error
     assert outputs["good"].outputs[0].token_ids == tokens_alone(prompt(2, 20), 20)

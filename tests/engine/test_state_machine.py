@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvkeye import _host_py
 from kvkeye.engine.block_manager import BlockManager
+from kvkeye.engine.encoder_cache import EncoderCache
 from kvkeye.engine.request import MediaSpan, Request, SamplingParams, State
 from kvkeye.engine.scheduler import ERROR_TOKEN, Limits, Scheduler
 from kvkeye.errors import KvkeyeError
@@ -34,10 +35,12 @@ TEXTS = [[(text * 7 + i * i) % VOCAB for i in range(40)] for text in range(3)]
 class World:
     """Scheduler, pool and toy model; knows every request it ever saw and how it must have ended."""
 
-    def __init__(self, pool: str, num_blocks: int, max_num_seqs: int, budget: int, chunk: int | None) -> None:
-        limits = Limits(max_num_seqs, budget, max_model_len=48, max_prefill_chunk=chunk)
+    def __init__(
+        self, pool: str, num_blocks: int, max_num_seqs: int, budget: int, chunk: int | None, patches: int, idle: int
+    ) -> None:
+        limits = Limits(max_num_seqs, budget, 48, chunk, max_num_encoder_patches=patches)
         blocks = BlockManager(num_blocks, BLOCK_SIZE, pool=POOLS[pool](num_blocks))
-        self.scheduler = Scheduler(limits, blocks)
+        self.scheduler = Scheduler(limits, blocks, EncoderCache(idle))
         self.model = ToyModel(num_blocks, BLOCK_SIZE)
         self.requests: list[Request] = []
         self.ended: Counter[int] = Counter()
@@ -64,17 +67,25 @@ class World:
             return
         self.requests.append(request)
 
-    def step(self, between=lambda: None, fail: bool = False, poison: int | None = None) -> None:
-        """`between` runs after planning; `fail` is a crash of the forward pass; `poison` is a row with NaN logits."""
+    def step(self, between=lambda: None, fail: str = "", poison: int | None = None) -> None:
+        """`between` runs after planning; `fail` is a crash of that pass; `poison` is a row with NaN logits."""
+        num_preemptions = self.scheduler.num_preemptions
+        prompts = [seq for seq in self.scheduler.running if seq.num_remaining > 1]
+        best = prompts[0] if prompts else None
         step = self.scheduler.schedule()
         limits = self.scheduler.limits
         assert step.num_tokens <= limits.max_num_batched_tokens
         assert sum(max(1, row.num_samples) for row in step.rows) <= limits.max_num_seqs
         assert all(len(row.tokens) >= 1 for row in step.rows)
+        patches = sum(encoding.num_patches for encoding in step.encodings)
+        assert patches <= limits.max_num_encoder_patches or len(step.encodings) == 1
         if self.scheduler.has_work:
-            assert step.rows or self.scheduler.num_preemptions, "there is work and nothing runs"
-        if fail:
+            assert not step.is_empty or self.scheduler.num_preemptions > num_preemptions, "there is work, nothing runs"
+        self.check_media_get_their_turn(step, best)
+        step = self.encode(step, fail == "encoder")
+        if fail == "decoder":
             self.note(self.scheduler.fail(step))
+            self.forget()
             return
         sampled = self.model.run(self.scheduler, step)
         if poison is not None and step.rows:
@@ -82,9 +93,37 @@ class World:
             sampled[row.seq_id] = [ERROR_TOKEN] * row.num_samples
         between()
         self.note(self.scheduler.finish(step, sampled))
+        self.forget()
         self.events["forks"] += sum(row.num_samples > 1 for row in step.rows)
         self.events["copies"] += len(step.block_copies)
         self.events["rows"] += len(step.rows)
+
+    def encode(self, step, fail: bool):
+        """Encodes, or crashes; the rows that may still run."""
+        lost = []
+        if fail:
+            lost = self.scheduler.fail_encodings(step)
+            assert bool(lost) == bool(step.encodings)
+            self.note(lost)
+        else:
+            self.model.encode(self.scheduler, step)
+            self.scheduler.finish_encodings(step)
+        self.events["encoded"] += len(step.encodings)
+        self.events["packs"] += len({encoding.seq_id for encoding in step.encodings}) > 1
+        return step.without(lost)
+
+    def check_media_get_their_turn(self, step, best) -> None:
+        """If anything is encoded and the best running prompt lacks something, then that came first."""
+        if best is None or best.state is not State.RUNNING or not step.encodings:
+            return
+        if not self.scheduler.has_embeddings(best):
+            ranks = [self.scheduler.sequence(encoding.seq_id).rank for encoding in step.encodings]
+            assert min(ranks) == best.rank, "the best row waits while others encode"
+
+    def forget(self) -> None:
+        dropped = self.scheduler.encoder.take_dropped()
+        self.events["dropped"] += len(dropped)
+        self.model.embeds -= dropped
 
     def note(self, changed) -> None:
         for seq in changed:
@@ -107,6 +146,12 @@ class World:
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.scheduler.blocks.pool
         scheduler.check()
+        self.forget()
+        encoder = scheduler.encoder
+        assert self.model.embeds == set(encoder._entries), "embeddings are kept that nobody knows, or are missing"
+        in_use = {name for seq in scheduler.sequences() for name in seq.embeds}
+        assert all(not seq.embeds for seq in scheduler.waiting)
+        assert len(encoder) == len(in_use) + len(encoder._idle)
         assert pool.num_free + pool.num_used + pool.num_cached == pool.num_blocks
         for request in self.requests[-12:]:
             for seq in request.sequences:
@@ -127,10 +172,23 @@ class World:
         assert not self.scheduler.has_work, "some request never ends"
         assert self.scheduler.blocks.pool.num_used == 0
         assert not self.scheduler.requests and not list(self.scheduler.sequences())
+        assert not any(entry.users for entry in self.scheduler.encoder._entries.values())
 
 
-spans = st.lists(
-    st.builds(MediaSpan, st.integers(0, 8), st.integers(1, 8), st.sampled_from([b"cat", b"dog"])), max_size=1
+def media(places):
+    """Spans one after the other: (gap, length, name) each; what a name costs to encode is its own."""
+    found, end = [], 0
+    for gap, length, name in places:
+        start = end + gap
+        # Embeddings belong to the content: as many rows as the span has tokens, whatever surrounds it.
+        found.append(MediaSpan(start, length, name, name + bytes([length]), PATCHES[name]))
+        end = start + length
+    return tuple(found)
+
+
+PATCHES = {b"cat": 4, b"dog": 9, b"cow": 30}
+spans = st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8), st.sampled_from(sorted(PATCHES))), max_size=3).map(
+    media
 )
 extras = st.fixed_dictionaries(
     {"media": spans, "salt": st.sampled_from([b"", b"", b"tenant"]), "ignore_eos": st.booleans()}
@@ -144,9 +202,11 @@ class Machine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 24),
         chunk=st.sampled_from([None, 1, 3, 4]),
+        patches=st.sampled_from([1, 8, 13, 100]),
+        idle=st.sampled_from([0, 5, 100]),
     )
-    def build(self, pool, num_blocks, max_num_seqs, budget, chunk):
-        self.world = World(pool, num_blocks, max_num_seqs, budget, chunk)
+    def build(self, **values):
+        self.world = World(**values)
 
     @rule(
         text=st.integers(0, 2),
@@ -172,9 +232,9 @@ class Machine(RuleBasedStateMachine):
     def step_with_bad_logits(self, row):
         self.world.step(poison=row)
 
-    @rule()
-    def step_that_crashes(self):
-        self.world.step(fail=True)
+    @rule(fail=st.sampled_from(["encoder", "decoder"]))
+    def step_that_crashes(self, fail):
+        self.world.step(fail=fail)
 
     @rule(which=st.integers(0, 50))
     def abort(self, which):
@@ -214,11 +274,19 @@ TestMachine.settings = settings(
 def test_thousands_of_random_steps(pool, seed):
     """Long life under pressure: little memory, shared prefixes, forks, aborts and evictions in one go."""
     rng = random.Random(seed)
-    world = World(pool, rng.choice([10, 14, 20]), rng.randint(2, 6), rng.choice([5, 16, 40]), rng.choice([None, 3]))
+    world = World(
+        pool,
+        num_blocks=rng.choice([10, 14, 20]),
+        max_num_seqs=rng.randint(2, 6),
+        budget=rng.choice([5, 16, 40]),
+        chunk=rng.choice([None, 3]),
+        patches=rng.choice([1, 10, 40]),
+        idle=rng.choice([0, 8, 30]),
+    )
     for _ in range(700):
         action = rng.random()
         if action < 0.25 and len(world.scheduler.waiting) < 8:
-            media = [MediaSpan(rng.randrange(4), rng.randint(1, 9), rng.choice([b"cat", b"dog"]))]
+            places = [(rng.randrange(4), rng.randint(1, 7), rng.choice(sorted(PATCHES))) for _ in range(3)]
             world.submit(
                 text=rng.randrange(3),
                 length=rng.choice([4, 8, 12, rng.randint(1, 30)]),
@@ -226,7 +294,7 @@ def test_thousands_of_random_steps(pool, seed):
                 max_tokens=rng.randint(1, 14),
                 priority=rng.choice([0, 0, 0, -1, 1]),
                 seed=rng.randrange(4),
-                extra={"media": media if rng.random() < 0.4 else [], "salt": rng.choice([b"", b"", b"t"])},
+                extra={"media": media(places) if rng.random() < 0.6 else [], "salt": rng.choice([b"", b"", b"t"])},
             )
         elif action < 0.28:
             world.abort(rng.randrange(len(world.requests) + 1))
@@ -238,11 +306,15 @@ def test_thousands_of_random_steps(pool, seed):
             kind, which = rng.choice(["abort", "preempt"]), rng.randrange(100)
             world.step(between=lambda kind=kind, which=which: getattr(world, kind)(which))
         elif action < 0.40:
-            world.step(fail=rng.random() < 0.3, poison=rng.randrange(9))
+            world.step(fail=rng.choice(["", "", "", "decoder", "encoder"]), poison=rng.randrange(9))
         else:
             world.step()
         world.check()
     world.drain()
     assert world.events["rows"] > 500 and world.events["forks"] and world.events["copies"] and world.events["evicted"]
+    encoder = world.scheduler.encoder
+    assert world.events["encoded"] > 20 and world.events["dropped"]
+    assert world.events["packs"] or world.scheduler.limits.max_num_encoder_patches < 40
+    assert encoder.num_hits or encoder.max_idle_tokens == 0
     assert world.scheduler.num_preemptions > 10
     assert any(seq.num_cached for request in world.requests for seq in request.sequences if seq.index == 0)

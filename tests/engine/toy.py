@@ -2,7 +2,7 @@
 
 A slot holds (token, media key, state); the state of position i is the hash of every slot before i, states included,
 and of token i. One stale, foreign or unwritten slot changes every later token, and `expected_tokens` computes the
-truth from the request alone.
+truth from the request alone. Its "encoder" keeps names; a token of media whose name is not kept is refused.
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ class ToyModel:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.cache: list[list[tuple[int, bytes, bytes] | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.embeds: set[bytes] = set()
+
+    def encode(self, scheduler: Scheduler, step: Step) -> None:
+        for encoding in step.encodings:
+            span = scheduler.sequence(encoding.seq_id).request.media[encoding.index]
+            assert (span.embeds, span.num_patches) == (encoding.embeds, encoding.num_patches)
+            assert encoding.embeds not in self.embeds, "encoded twice"
+            self.embeds.add(encoding.embeds)
 
     def run(self, scheduler: Scheduler, step: Step) -> dict[int, list[int]]:
         targets = [target for _, target in step.block_copies]
@@ -63,6 +71,8 @@ class ToyModel:
         for position, token in enumerate(tokens, start):
             seen = [self._slot(table, past) for past in range(position)]
             media = _media_key(seq.request, position)
+            for span in seq.request.media_between(position, position + 1):
+                assert not span.num_patches or span.embeds in self.embeds, "a token came before its embeddings"
             state = _state(seen, token, media, seq.request.salt)
             block, offset = table[position // self.block_size], position % self.block_size
             self.cache[block][offset] = (token, media, state)
