@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +39,16 @@ def test_table(size, client, low, high):
 def test_client_1_0_then_processor(size, both):
     once = client_size(*size, 3136, 16384 * 784)
     assert processor_size(*once, 3136, 1_003_520) == both
+
+
+def test_recorded_sizes():
+    """Some hundred random sizes, as the published package answers them."""
+    recorded = json.loads((Path(__file__).parent / "data" / "smart_resize.json").read_text())["rows"]
+    assert len(recorded) > 300
+    for height, width, low, high, *expected in recorded:
+        assert client_size(height, width, low, high) == tuple(expected), (height, width, low, high)
+        if min(height, width) >= 28 and min(expected) > 28:  # elsewhere the two rules differ
+            assert processor_size(height, width, low, high) == tuple(expected)
 
 
 def test_one_pixel_is_enlarged():
