@@ -37,7 +37,7 @@ def build(flavour: str, folder: Path, sources: Sequence[Path] = KERNELS, defines
     """The program of `sources` and the host part. Built at most once per folder, also when several processes ask."""
     folder.mkdir(parents=True, exist_ok=True)
     everywhere, _ = FLAVOURS[flavour]
-    program = folder / _name(flavour, *(path.stem for path in sources), *defines)
+    program = folder / _name(flavour, *map(str, sources), *defines)
     with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
@@ -51,9 +51,9 @@ def _object(flavour: str, folder: Path, source: Path, defines: Sequence[str]) ->
     flags = [*COMMON, *everywhere, *(in_kernels if source.suffix == ".cu" else [])]
     if source.suffix == ".cu" or HOST_DEFINES.intersection(defines):
         flags += [f"-D{define}" for define in defines]
-    target = folder / f"{_name(flavour, *flags)}_{source.parent.name}_{source.name}.o"
+    target = folder / f"{_name(flavour, str(source), *flags)}.o"
     if not target.exists():
-        includes = [f"-I{path}" for path in (ROOT / "csrc/host_cuda", ROOT / "csrc/include", ROOT / "csrc/cuda", CALLS)]
+        includes = [f"-I{ROOT / 'csrc' / name}" for name in ("host_cuda", "include", "cuda", "torch")] + [f"-I{CALLS}"]
         _run([str(COMPILER), *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
     return str(target)
 

@@ -15,9 +15,10 @@ LIBRARY = ROOT / "kvkeye" / "libkvkeye_cuda.so"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler (nvcc)")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_kernels_keep_to_registers(source: Path, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc' / 'include'}"]
+def test_kernels_keep_to_registers(source: Path, target: str, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc' / 'include'}"]
     result = subprocess.run(
         [*command, str(source), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, timeout=300
     )

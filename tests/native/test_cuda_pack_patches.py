@@ -1,0 +1,143 @@
+"""The CUDA pack_patches without a GPU: on the host, in shuffled orders, bit for bit against Pillow and PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.native import cuda_harness as harness
+from tests.native.cuda_harness import Call
+
+SOURCE = harness.ROOT / "csrc" / "cuda" / "vision.cu"
+CALLS = harness.CALLS / "vision_calls.cpp"
+PATCH, DIM = 14, 588
+
+pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="no g++")
+
+# (height, width, rows, columns) of the pictures of one call.
+BATCHES = {
+    "same size": [(28, 42, 28, 42)],
+    "one pixel": [(1, 1, 14, 14)],
+    "larger": [(17, 19, 126, 140), (10, 300, 28, 308)],
+    "smaller": [(61, 100, 28, 42), (40, 29, 14, 28)],
+    "one axis only": [(28, 100, 28, 42), (90, 42, 28, 42)],
+    "far smaller, many chunks": [(700, 40, 14, 14), (9, 900, 28, 14)],
+    "whole tiles and a rest": [(30, 200, 14, 112), (30, 200, 28, 126), (30, 200, 14, 238)],
+    "clip of equal frames": [(33, 50, 28, 42)] * 4,
+}
+
+
+def levels(dtype: torch.dtype) -> Tensor:
+    """Values of the 256 levels per channel, [3, 256]."""
+    mean, std = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
+    return ((torch.arange(256) / 255 - mean[:, None]) / std[:, None]).to(dtype)
+
+
+def resized(picture: Tensor, rows: int, columns: int, bilinear: bool) -> Tensor:
+    """[rows, columns, 3] uint8 by Pillow's bicubic or PyTorch's antialiased bilinear."""
+    if not bilinear:
+        array = Image.fromarray(picture.numpy()).resize((columns, rows), Image.Resampling.BICUBIC)
+        return torch.from_numpy(numpy.asarray(array).copy())
+    channels = picture.permute(2, 0, 1)[None].contiguous()
+    out = torch.nn.functional.interpolate(channels, (rows, columns), mode="bilinear", antialias=True)
+    return out[0].permute(1, 2, 0)
+
+
+def packed(picture: Tensor, values: Tensor) -> Tensor:
+    rows, columns, _ = picture.shape
+    patches = picture.view(rows // PATCH, PATCH, columns // PATCH, PATCH, 3).permute(0, 2, 4, 1, 3).reshape(-1, DIM)
+    channel = torch.arange(DIM) // (PATCH * PATCH)
+    return values[channel, patches.long()]
+
+
+def pictures(sizes: list[tuple[int, int, int, int]], seed: int) -> list[Tensor]:
+    """Noise, which overshoots at every edge, and pictures of the extreme levels."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randint(0, 256, (h, w, 3), generator=generator, dtype=torch.uint8) for h, w, _, _ in sizes]
+    return [255 * (picture > 127).to(torch.uint8) if i % 2 else picture for i, picture in enumerate(noise)]
+
+
+def call_of(
+    sizes: list[tuple[int, int, int, int]], seed: int, dtype: torch.dtype, bilinear: bool
+) -> tuple[Call, Tensor]:
+    """The call and what it must give."""
+    values, images = levels(dtype), pictures(sizes, seed)
+    numbers = {"images": len(sizes), "bilinear": int(bilinear), "bf16": int(dtype == torch.bfloat16)}
+    buffers = {"levels": values.float()}
+    expected = []
+    for i, (image, (height, width, rows, columns)) in enumerate(zip(images, sizes, strict=True)):
+        numbers |= {f"height{i}": height, f"width{i}": width, f"rows{i}": rows, f"columns{i}": columns}
+        numbers[f"row_stride{i}"] = 3 * width
+        buffers[f"image{i}"] = image
+        expected.append(packed(resized(image, rows, columns, bilinear), values))
+    truth = torch.cat(expected)
+    buffers["out"] = torch.full_like(truth, torch.nan)
+    return Call("pack_patches", numbers, buffers), truth
+
+
+@pytest.fixture(scope="session", params=["asan", "races"])
+def program(request: pytest.FixtureRequest, cuda_builds: Path) -> Path:
+    return harness.build(request.param, cuda_builds)
+
+
+@pytest.mark.parametrize("bilinear", [False, True], ids=["bicubic", "bilinear"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_equals_pillow_and_pytorch(program: Path, seed: int, bilinear: bool, tmp_path: Path) -> None:
+    dtypes = (torch.float32, torch.bfloat16)
+    calls = [call_of(sizes, seed, dtype, bilinear) for sizes in BATCHES.values() for dtype in dtypes]
+    found = harness.run(program, seed, [call for call, _ in calls], tmp_path / "calls")
+    for (call, truth), buffers in zip(calls, found, strict=True):
+        assert torch.equal(buffers["out"], truth), call.numbers
+
+
+def test_random_sizes(cuda_builds: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(1, 120, (24, 2), generator=generator)
+    targets = PATCH * torch.randint(1, 6, (24, 2), generator=generator)
+    sizes = [(*side, *target) for side, target in zip(sides.tolist(), targets.tolist(), strict=True)]
+    call, truth = call_of(sizes, 0, torch.float32, bilinear=False)
+    [found] = harness.run(harness.build("asan", cuda_builds), 5, [call], tmp_path / "call")
+    assert torch.equal(found["out"], truth)
+
+
+def mutant(old: str, new: str, occurrence: int, folder: Path) -> Path:
+    """The kernel's source with one occurrence of `old` replaced."""
+    parts = SOURCE.read_text().split(old)
+    assert len(parts) > occurrence + 1, f"{old} is not in {SOURCE.name} {occurrence + 1} times"
+    folder.mkdir(exist_ok=True)
+    path = folder / SOURCE.name
+    path.write_text(old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :]))
+    return path
+
+
+def outcome(flavour: str, source: Path, call: Call, cuda_builds: Path, tmp_path: Path) -> str:
+    result = harness.execute(harness.build(flavour, cuda_builds, [source, CALLS]), 1, [call], tmp_path / "call")
+    assert result.returncode != 0, "the fault went unseen"
+    return result.stderr
+
+
+@pytest.mark.parametrize("barrier", range(SOURCE.read_text().count("__syncthreads();")))
+def test_every_barrier_is_needed(barrier: int, cuda_builds: Path, tmp_path: Path) -> None:
+    """One removed in turn: the race checker names the memory that is no longer ordered."""
+    call, _ = call_of([(100, 30, 14, 28)], 1, torch.float32, bilinear=False)  # several chunks of input rows
+    source = mutant("__syncthreads();", "", barrier, tmp_path / "mutant")
+    assert "data race in shared memory" in outcome("races", source, call, cuda_builds, tmp_path)
+
+
+OVERRUNS = {
+    "rows after the last": ("min(row + i, last)", "min(row + i, last + kTogether)"),
+    "patches after the last": ("i < patches * 3 * kArea / 4", "i < patches * 3 * kArea / 4 + 1"),
+    "the next column": ("3 * (int64_t)across.first", "3 * (int64_t)(across.first + 1)"),
+}
+
+
+@pytest.mark.parametrize("overrun", OVERRUNS)
+def test_planted_overruns_are_caught(overrun: str, cuda_builds: Path, tmp_path: Path) -> None:
+    call, _ = call_of([(rows, 28, 28, 28) for rows in (29, 30, 31)], 1, torch.float32, bilinear=False)
+    source = mutant(*OVERRUNS[overrun], 0, tmp_path / "mutant")
+    assert "AddressSanitizer: heap-buffer-overflow" in outcome("asan", source, call, cuda_builds, tmp_path)
