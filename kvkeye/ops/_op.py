@@ -253,7 +253,9 @@ def declare(function: Callable[..., Any], schema: str, mutates: tuple[str, ...],
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
+    """The tensors among the arguments, those in lists too."""
+    flat = [item for a in args for item in (a if isinstance(a, (list, tuple)) else (a,))]
+    return [item for item in flat if isinstance(item, Tensor)]
 
 
 def _owned(result: Any) -> Any:

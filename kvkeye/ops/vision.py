@@ -1,5 +1,6 @@
-"""Patches of the vision tower: position table and merging. Pictures are lists of (t, rows, columns) triples."""
+"""Patches of the vision tower: from pixels, position table, merging. Grids are lists of (t, rows, columns) triples."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from kvkeye.ops._autograd import wide
 from kvkeye.ops._op import op
+from kvkeye.ops._resample import resized
+
+_LONGEST_SIDE = 1 << 24
 
 
 def triples(grid_thw: list[int]) -> list[tuple[int, int, int]]:
@@ -113,3 +117,117 @@ merge_patches.implement("triton", "vision:merge_patches")
 merge_patches.differentiate("x", backward=merge_patches_backward, save=("grid_thw", "merge"))
 merge_patches_backward.implement("cpp")
 merge_patches_backward.implement("triton", "vision:merge_patches_backward")
+
+
+def _picture_fits(image: Tensor) -> Iterator[str]:
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3:
+        yield f"an image is {tuple(image.shape)}, {image.dtype}; expected uint8 [height, width, 3]"
+    elif not all(1 <= side <= _LONGEST_SIDE for side in image.shape[:2]):
+        yield f"an image is {tuple(image.shape)}; its sides must be from 1 to {_LONGEST_SIDE}"
+
+
+def _pictures_fit(
+    images: list[Tensor],
+    sizes: list[int],
+    mean: list[float],
+    std: list[float],
+    bilinear: bool,
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Iterator[str]:
+    if not images or len(sizes) != 2 * len(images):
+        yield f"{len(images)} images and {len(sizes)} numbers in sizes; expected (rows, columns) of at least one image"
+    for image in images:
+        yield from _picture_fits(image)
+    if patch_size < 1 or any(s < 1 or s % patch_size or s > _LONGEST_SIDE for s in sizes):
+        yield f"sizes {list(sizes)[:12]} must be positive multiples of patch_size = {patch_size}, itself at least 1"
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+        yield f"mean {list(mean)} and std {list(std)}; expected three finite numbers each, std above 0"
+    if dtype not in (torch.float32, torch.bfloat16):
+        yield f"dtype is {dtype}; expected float32 or bfloat16"
+
+
+@op(requires=_pictures_fit)
+def pack_patches(
+    images: list[Tensor],
+    sizes: list[int],
+    mean: list[float],
+    std: list[float],
+    bilinear: bool,
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Pictures of any sizes to the tower's input: resized, normalised, cut into patches, packed.
+
+    A picture that has its target size is not resampled. Otherwise antialiased, horizontally first, rounded to 8 bits
+    after each pass: bicubic gives the levels of Pillow below version 13 (which turns the order for pictures over 100
+    times taller than wide; here it never turns), bilinear those of torch's uint8 interpolation.
+
+    Shapes     images [height, width, 3] each  -> [sum (rows / patch) (columns / patch), 3 patch^2],
+               a patch in (channel, row, column) order, patches in raster order
+    Args       images uint8, one device;  sizes flat (rows, columns) per image, multiples of patch_size
+               mean, std per channel, on the scale of 0 to 1;  dtype fp32 | bf16
+    Returns    dtype
+    Numerics   (level / 255 - mean) / std in fp32, rounded once to dtype
+    Gradient   none (inference only)
+    Errors     ValueError on shape, size or dtype disagreement
+    Source     Keye-VL technical report, section 2; Pillow's and PyTorch's resampling rules
+    """
+    levels = torch.arange(256, dtype=torch.float32)
+    values = (levels / 255 - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]  # [3, 256]
+    values = values.to(dtype).to(images[0].device)
+    channels = torch.arange(3, device=values.device)
+    packed = []
+    for i, image in enumerate(images):
+        rows, columns = sizes[2 * i], sizes[2 * i + 1]
+        normalised = values[channels, resized(image, rows, columns, bilinear).long()]  # [rows, columns, 3]
+        cut = normalised.view(rows // patch_size, patch_size, columns // patch_size, patch_size, 3)
+        packed.append(cut.permute(0, 2, 4, 1, 3).reshape(-1, 3 * patch_size**2))
+    return torch.cat(packed)
+
+
+@pack_patches.fake
+def _(
+    images: list[Tensor],
+    sizes: list[int],
+    mean: list[float],
+    std: list[float],
+    bilinear: bool,
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    patches = sum(sizes[i] * sizes[i + 1] for i in range(0, len(sizes), 2)) // patch_size**2
+    return images[0].new_empty((patches, 3 * patch_size**2), dtype=dtype)
+
+
+pack_patches.implement("cpp")
+pack_patches.implement("cuda")
+
+
+def _size_fits(image: Tensor, rows: int, columns: int, bilinear: bool) -> Iterator[str]:
+    yield from _picture_fits(image)
+    if not (1 <= rows <= _LONGEST_SIDE and 1 <= columns <= _LONGEST_SIDE):
+        yield f"the size is {rows} x {columns}; sides must be from 1 to {_LONGEST_SIDE}"
+
+
+@op(requires=_size_fits)
+def resize_image(image: Tensor, rows: int, columns: int, bilinear: bool) -> Tensor:
+    """One picture at another size, by the rule of `pack_patches`.
+
+    Shapes     image [height, width, 3] -> [rows, columns, 3]
+    Args       image uint8
+    Returns    uint8
+    Numerics   exact: Pillow's levels (bicubic), torch's uint8 levels (bilinear)
+    Gradient   none (inference only)
+    Errors     ValueError on shape or dtype disagreement
+    Source     as `pack_patches`
+    """
+    return resized(image, rows, columns, bilinear).to(torch.uint8)
+
+
+@resize_image.fake
+def _(image: Tensor, rows: int, columns: int, bilinear: bool) -> Tensor:
+    return image.new_empty((rows, columns, 3))
+
+
+resize_image.implement("cpp")

@@ -6,6 +6,7 @@ Truth is the reference in float64. A comparison passes if, in the maximum and in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,24 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def mapped(function: Callable[[Tensor], Tensor], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`function` of every tensor among the arguments, those in lists too; everything else as it is."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(item) for item in value]
+        return function(value) if isinstance(value, Tensor) else value
+
+    return tuple(of(a) for a in args)
+
+
 def widen(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Floating tensors in float64, everything else as it is; tensors are copied."""
-    return tuple((a.double() if a.is_floating_point() else a).clone() if isinstance(a, Tensor) else a for a in args)
+    return mapped(lambda a: (a.double() if a.is_floating_point() else a).clone(), args)
 
 
 def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    return mapped(Tensor.clone, args)
 
 
 def assert_close(out: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
@@ -39,6 +51,7 @@ def assert_close(out: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
     if not out.is_floating_point():
         assert torch.equal(out, naive), f"{what}: {int((out != naive).sum())} of {out.numel()} values differ"
         return
+    truth = truth.double()
     finite = truth.isfinite()
     assert torch.equal(out.double()[~finite], truth[~finite]), f"{what}: non-finite values differ"
     if not bool(finite.any()):

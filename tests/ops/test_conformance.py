@@ -24,7 +24,7 @@ from kvkeye import ops
 from kvkeye.errors import UnsupportedError
 from kvkeye.ops import Op
 from kvkeye.testing.case import FAMILIES, Case, Sample, bad, good
-from kvkeye.testing.compare import as_tuple, assert_close, copied, widen
+from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, widen
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,8 +78,7 @@ def run_rows(
                 continue
             if not accepts(op, implementation, case.args):
                 sentences = ops.OPS[op.name].implementations[implementation].reasons
-                tensors = [a for a in case.args if isinstance(a, Tensor)]
-                assert list(sentences(tensors, case.args)), "a refusal must give its reason"
+                assert list(sentences(tensors_of(case.args), case.args)), "a refusal must give its reason"
                 assert implementation not in case.must_accept, f"{implementation} must accept {op.name} {case.id}"
                 continue
             accepted += body(case, f"{op.name} {implementation} {dtype} {device} {case.id}") is not False
@@ -89,8 +88,13 @@ def run_rows(
 def accepts(op: Op, implementation: str, args: tuple[Any, ...]) -> bool:
     if implementation == "eager":
         return True
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    return not list(op.implementations[implementation].reasons(tensors, args))
+    return not list(op.implementations[implementation].reasons(tensors_of(args), args))
+
+
+def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(lambda tensor: found.append(tensor) or tensor, args)
+    return found
 
 
 def finish(request: pytest.FixtureRequest, op: Op, implementation: str, accepted: int) -> None:
@@ -221,6 +225,13 @@ def test_gradcheck(op: Op) -> None:
     assert torch.autograd.gradcheck(function, tuple(args[p] for p in places), atol=1e-5, fast_mode=True)
 
 
+def views(op: Op, args: tuple[Any, ...], kind: str) -> list[Any]:
+    """The arguments with all tensors of several dimensions behind other strides, except those that the op mutates."""
+    copies = copied(args)
+    strides = mapped(lambda tensor: strided(tensor, kind) if tensor.dim() > 1 else tensor, copies)
+    return [copies[i] if name in op.mutates else strides[i] for i, name in enumerate(op.parameters)]
+
+
 def strided(tensor: Tensor, kind: str) -> Tensor:
     """The same values behind other strides."""
     if kind == "sliced":
@@ -244,9 +255,7 @@ def test_opcheck(op: Op, kind: str) -> None:
     """Schema, autograd registration, fake strides and AOT dispatch, by PyTorch's own checker."""
     args = list(copied(case_for_check(op.name).args))
     if kind != "contiguous":
-        for i, name in enumerate(op.parameters):
-            if isinstance(args[i], Tensor) and args[i].dim() > 1 and name not in op.mutates:
-                args[i] = strided(args[i], kind)
+        args = views(op, tuple(args), kind)
     for i, name in enumerate(op.parameters):
         if name in op.gradients and isinstance(args[i], Tensor):
             args[i].requires_grad_()
@@ -260,12 +269,8 @@ def test_views(op: Op, implementation: str, dtype: str, kind: str) -> None:
     available(op, implementation)
 
     def body(case: Case, what: str) -> None:
-        args = list(copied(case.args))
-        for i, name in enumerate(op.parameters):
-            if isinstance(args[i], Tensor) and args[i].dim() > 1 and name not in op.mutates:
-                args[i] = strided(args[i], kind)
         try:
-            out = call(op, implementation, tuple(args))
+            out = call(op, implementation, tuple(views(op, case.args, kind)))
         except UnsupportedError:
             assert implementation == "triton", f"{what}: {implementation} takes views"
             return
@@ -362,7 +367,10 @@ def test_no_silent_gradient(op: Op) -> None:
     else:
         args = rows[0].args
     given = list(copied(args))
-    first = next(i for i, a in enumerate(given) if isinstance(a, Tensor) and a.is_floating_point())
+    first = next((i for i, a in enumerate(given) if isinstance(a, Tensor) and a.is_floating_point()), None)
+    if first is None:
+        assert not any(t.is_floating_point() for t in tensors_of(args)), f"{op.name}: floating tensors in a list"
+        return  # integers carry no gradient
     given[first].requires_grad_()
     with pytest.raises(RuntimeError, match="has no gradient"):
         op(*given)
