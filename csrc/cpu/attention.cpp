@@ -76,7 +76,7 @@ KVKEYE_INLINE void differentiate_row(Sequence<T>& s, int64_t row, int r, int64_t
   const uint64_t seen = visible(view, start) & (columns == 64 ? ~(uint64_t)0 : ((uint64_t)1 << columns) - 1);
   float *weights = s.weights + r * kTile, *grads = s.grads + r * kTile;
   for (int i = 0; i < columns; i += kLanes) {
-    const Vf score = load(weights + i) * s.p.softmax_scale - s.lse[row];
+    const Vf score = (load(weights + i) * s.p.softmax_scale - s.lse[row]) * kLog2E;
     const Vf weight = weight_of(hide(score, seen, i, -INFINITY));
     store(weights + i, weight);
     store(grads + i, hide(weight * (load(grads + i) - s.delta[row]) * s.p.softmax_scale, seen, i, 0.0f));
@@ -123,33 +123,48 @@ template <class T> void differentiate(Sequence<T>& s) {
     store_row(s.grad_q + r * s.width, p.head_dim, p.grad_q + s.dense(r));
 }
 
+// The Work of one span and KV head. Rows: (token, query head of the group).
+template <class T> struct PackedRows {
+  using Type = T;
+  const VarlenAttentionParams<T>& p;
+  const QuerySpan& span;
+  int64_t kv_head, group;
+  int count;
+
+  PackedRows(const VarlenAttentionParams<T>& params, const QuerySpan& of, int64_t head)
+      : p(params), span(of), kv_head(head), group(p.num_q_heads / p.num_kv_heads),
+        count((int)((span.end - span.begin) * group)) {}
+
+  // One past the last position that any row sees.
+  int64_t end() const { return (p.causal ? span.end : span.sequence_end) - span.sequence_begin; }
+  int64_t token(int r) const { return span.begin + r / group; }
+  int64_t head(int r) const { return kv_head * group + r % group; }
+  const T* query(int r) const { return p.q + token(r) * p.q_strides.token + head(r) * p.q_strides.head; }
+  View view(int r) const { return {(p.causal ? token(r) + 1 : span.sequence_end) - span.sequence_begin, 0}; }
+
+  void locate(int64_t start, int columns, const T** keys, const T** values) const {
+    for (int j = 0; j < columns; ++j) {
+      const int64_t position = span.sequence_begin + start + j;
+      keys[j] = p.k + position * p.k_strides.token + kv_head * p.k_strides.head;
+      values[j] = p.v + position * p.v_strides.token + kv_head * p.v_strides.head;
+    }
+  }
+
+  void target(int r, T*& o, float*& lse) const {
+    const int64_t row = token(r) * p.num_q_heads + head(r);
+    o = p.o + row * p.head_dim;
+    lse = p.lse + row;
+  }
+
+  void partial(int, float*&, float*&, float*&) const {} // never by split
+};
+
 } // namespace
 
 template <class T> void varlen_attention(const VarlenAttentionParams<T>& p, int64_t begin, int64_t end) {
-  const int64_t group = p.num_q_heads / p.num_kv_heads;
-  Rows rows(p.scratch, group > kQueryRows ? group : kQueryRows, p.head_dim);
   for (int64_t item = begin; item < end; ++item) {
-    const QuerySpan& span = p.spans[item % p.num_spans];
-    const int64_t kv_head = item / p.num_spans, first = span.sequence_begin;
-    rows.count = (int)((span.end - span.begin) * group);
-    for (int r = 0; r < rows.count; ++r) {
-      const int64_t token = span.begin + r / group, head = kv_head * group + r % group;
-      load_row(p.q + token * p.q_strides.token + head * p.q_strides.head, p.head_dim,
-               rows.q + r * rows.width);
-      rows.views[r] = {p.causal ? token - first + 1 : span.sequence_end - first, 0};
-    }
-    const auto locate = [&](int64_t start, int count, const T** keys, const T** values) {
-      for (int j = 0; j < count; ++j) {
-        keys[j] = p.k + (first + start + j) * p.k_strides.token + kv_head * p.k_strides.head;
-        values[j] = p.v + (first + start + j) * p.v_strides.token + kv_head * p.v_strides.head;
-      }
-    };
-    const auto target = [&](int r, T*& o, float*& lse) {
-      const int64_t index = (span.begin + r / group) * p.num_q_heads + kv_head * group + r % group;
-      o = p.o + index * p.head_dim;
-      lse = p.lse + index;
-    };
-    attend<T>(rows, (p.causal ? span.end : span.sequence_end) - first, p.softmax_scale, locate, target);
+    const PackedRows<T> rows(p, p.spans[item % p.num_spans], item / p.num_spans);
+    attend<T>(rows, p.head_dim, p.softmax_scale, rows.end(), -1, p.scratch);
   }
 }
 

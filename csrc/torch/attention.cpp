@@ -30,6 +30,13 @@ std::vector<QuerySpan> spans_of(const int32_t* bounds, int64_t sequences, int64_
   return spans;
 }
 
+int64_t most_tokens(const std::vector<QuerySpan>& spans) {
+  int64_t most = 0;
+  for (const QuerySpan& span : spans)
+    most = std::max(most, span.end - span.begin);
+  return most;
+}
+
 int64_t longest_of(const int32_t* bounds, int64_t sequences) {
   int64_t longest = 0;
   for (int64_t b = 0; b < sequences; ++b)
@@ -68,7 +75,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
     params.causal = causal;
     const int64_t cost = kQueryRows * kTilePositions * dim;
     for_items_with_scratch(
-        params, params.num_spans * kv_heads, cost, attend_scratch(group, dim),
+        params, params.num_spans * kv_heads, cost, attend_scratch(most_tokens(spans) * group, dim),
         [](const auto& p, int64_t begin, int64_t end) { cpu::varlen_attention(p, begin, end); });
   });
   return {o, lse};

@@ -107,9 +107,12 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
     params.partial_max = partial.get() + states * dim;
     params.partial_total = params.partial_max + states;
   }
+  int64_t most_tokens = 0;
+  for (const PagedSpan& span : spans)
+    most_tokens = std::max(most_tokens, span.end - span.begin);
   const int64_t cost = kTilePositions * dim * group;
   for_items_with_scratch(
-      params, (int64_t)spans.size() * params.num_kv_heads, cost, attend_scratch(group, dim),
+      params, (int64_t)spans.size() * params.num_kv_heads, cost, attend_scratch(most_tokens * group, dim),
       [](const auto& p, int64_t begin, int64_t end) { cpu::paged_attention(p, begin, end); });
   if (by_split)
     fold(params, batch, tokens);

@@ -12,7 +12,7 @@ namespace kvkeye {
 
 static constexpr int64_t kTilePositions = 64, kSplitPositions = 512;
 static constexpr int64_t kQueryRows =
-    192; // rows (token, query head of one group) that share a loaded KV tile
+    384; // rows (token, query head of one group) that share a loaded KV tile
 static constexpr int64_t kBackwardRows = 64; // the same in the backward pass
 
 // Elements between neighbouring tokens and neighbouring heads; the last axis is contiguous.
@@ -97,17 +97,16 @@ template <class T> struct FoldSplitsParams {
 static inline int64_t padded_dim(int64_t head_dim) {
   return (head_dim + 15) / 16 * 16;
 }
-static inline int64_t attend_scratch(int64_t group, int64_t head_dim) {
-  const int64_t rows = group > kQueryRows ? group : kQueryRows;
-  return rows * (3 * padded_dim(head_dim) + kTilePositions + 32) + 2 * kTilePositions * padded_dim(head_dim) +
-         512;
+static inline int64_t attend_scratch(int64_t rows, int64_t head_dim) { // of the span with the most rows
+  const int64_t lanes = rows + 64;
+  return lanes * (3 * padded_dim(head_dim) + 8) + kTilePositions * (2 * padded_dim(head_dim) + 64) + 512;
 }
 static inline int64_t backward_scratch(int64_t longest, int64_t group, int64_t head_dim) {
   return longest * group * (3 * padded_dim(head_dim) + 2) + 2 * kBackwardRows * kTilePositions +
          5 * kTilePositions * padded_dim(head_dim) + 512;
 }
 static inline int64_t fold_scratch(int64_t head_dim) {
-  return padded_dim(head_dim) + 64;
+  return 2 * padded_dim(head_dim) + 64;
 }
 
 KVKEYE_KERNEL(varlen_attention, VarlenAttentionParams)
