@@ -14,4 +14,7 @@ struct IsaChoice {
 // The widest instruction set that the CPU and the operating system support, or the one KVKEYE_CPU_ISA names.
 const IsaChoice& active_isa();
 
+// Whether one vdpbf16ps takes less time than the two fp32 multiply-adds that it stands for.
+bool fast_bf16_pairs();
+
 } // namespace kvkeye
