@@ -51,13 +51,14 @@ def at_least_one(text: str) -> int:
 positive.__name__, at_least_one.__name__ = "number above 0", "number of at least 1"
 
 
-def add_media(parser: argparse.ArgumentParser) -> None:
+def add_media(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("pictures and clips, in this order")
     group.add_argument("--image", action=AppendMedia, dest="media", metavar="FILE", help="a JPEG, PNG or WebP file")
     group.add_argument(
         "--video", action=AppendMedia, dest="media", metavar="FILE", help="a clip, or a folder of its frames"
     )
     group.add_argument("--fps", type=positive, metavar="N", help="frames per second that are looked at")
+    return group
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from kvkeye.cli import exits, options
 from kvkeye.cli.bundled import resolve_model
-from kvkeye.cli.session import open_session, statistics, statistics_line
+from kvkeye.cli.session import OnPrepared, Session, open_session, statistics, statistics_line
 from kvkeye.cli.terminal import AnswerPrinter
 
 if TYPE_CHECKING:
     from kvkeye.engine import RequestOutput
+    from kvkeye.engine.prepare import Prepared
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "kvkeye run [MODEL] [--image FILE]... [--video FILE]... [options] QUESTION"
     parser.add_argument("words", nargs="+", metavar="[MODEL] QUESTION", help=options.MODEL_HELP)
-    options.add_media(parser)
+    options.add_media(parser).add_argument(
+        "--show-frames", metavar="OUT.png", help="write a contact sheet of what the model is shown"
+    )
     options.add_sampling(parser)
     options.add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer")
@@ -32,20 +35,48 @@ def run(arguments: argparse.Namespace) -> int:
     content = [options.media_item(kind, path, arguments.fps) for kind, path in arguments.media or ()]
     if arguments.fps is not None and all(item["type"] != "video" for item in content):
         raise exits.CommandError(f"--fps {arguments.fps:g}: there is no --video that it could apply to.", exits.USAGE)
+    write_sheet = _sheet_writer(arguments)
     content.append({"type": "text", "text": question})
     messages = [{"role": "user", "content": content}]
     with open_session(arguments, model) as session:
         if arguments.json:
-            output = session.ask(messages)
+            output = session.ask(messages, on_prepared=write_sheet)
             print(json.dumps(_result(model, question, output)))
             return exits.OK
         printer = AnswerPrinter()
         try:
-            output = session.ask(messages, lambda delta: printer.write(delta.reasoning, delta.text))
+            output = session.ask(
+                messages, lambda delta: printer.write(delta.reasoning, delta.text), on_prepared=write_sheet
+            )
         finally:
             printer.end()
     print(statistics_line(output), file=sys.stderr)
     return exits.OK
+
+
+def _sheet_writer(arguments: argparse.Namespace) -> OnPrepared | None:
+    """Writes the contact sheet; refused here where that cannot work. None where none is asked for."""
+    if arguments.show_frames is None:
+        return None
+    if not arguments.media:
+        raise exits.CommandError("--show-frames: there is no --image or --video to show.", exits.USAGE)
+    from kvkeye.cli import contact_sheet
+
+    path = contact_sheet.check_path(arguments.show_frames)
+    names = [Path(source).name for _, source in arguments.media]
+
+    def write(session: Session, prepared: Prepared) -> None:
+        items = contact_sheet.items_of(names, prepared.media, *session.normalisation)
+        sheet = contact_sheet.contact_sheet(items)
+        try:
+            sheet.save(path)
+        except OSError as error:
+            raise exits.CommandError(f"--show-frames {path}: {error.strerror or error}.", exits.USAGE) from None
+        for item in items:
+            print(item.title, file=sys.stderr)
+        print(f"contact sheet of {sheet.width} x {sheet.height} pixels in {path}", file=sys.stderr, flush=True)
+
+    return write
 
 
 def _words(words: list[str]) -> tuple[str | None, str]:

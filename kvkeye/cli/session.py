@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -14,14 +14,16 @@ from kvkeye import env
 from kvkeye.cli import options
 from kvkeye.cli.bundled import model_files
 from kvkeye.cli.exits import ENVIRONMENT, INTERNAL, USAGE, CommandError
-from kvkeye.cli.terminal import stage
+from kvkeye.cli.terminal import count, stage
 from kvkeye.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvkeye.engine import LLM, RequestOutput, SamplingParams
-    from kvkeye.engine.outputs import Delta
+    from kvkeye.engine.outputs import Delta, Stage
+    from kvkeye.engine.prepare import Prepared
 
 Message = dict[str, Any]
+OnPrepared = Callable[["Session", "Prepared"], None]
 
 
 def _ignore(delta: Delta) -> None:
@@ -34,17 +36,25 @@ class Session:
     def __init__(self, llm: LLM, sampling: SamplingParams, mode: str | None) -> None:
         self.llm, self.sampling, self.mode = llm, sampling, mode
 
-    def ask(self, messages: list[Message], show: Callable[[Delta], None] = _ignore) -> RequestOutput:
-        """The answer to a conversation; `show` gets it piece by piece.
+    def ask(
+        self,
+        messages: list[Message],
+        show: Callable[[Delta], None] = _ignore,
+        on_prepared: OnPrepared | None = None,
+    ) -> RequestOutput:
+        """The answer to a conversation; `show` gets it piece by piece, `on_prepared` what the model will be shown.
 
         Raises   RequestError, MediaError; CommandError where the engine could not finish
         """
         with stage("pictures and prompt"):
             prepared = self.llm.engine.prepare(messages, self.mode)
+        if on_prepared is not None:
+            on_prepared(self, prepared)
         output: RequestOutput | None = None
-        stream: Any = self.llm.stream(prepared, self.sampling)
+        progress = _Progress(prepared)
+        stream: Any = self.llm.stream(prepared, self.sampling, on_stage=progress.enter)
         with closing(stream) as deltas:  # closing it early aborts the request
-            with stage(f"vision and prefill of {len(prepared.token_ids)} tokens"):
+            with progress:
                 first = next(deltas, None)
             for delta in chain([first] if first else [], deltas):
                 show(delta)
@@ -53,6 +63,30 @@ class Session:
             reason = "no answer" if output is None else output.error
             raise CommandError(f"the engine could not finish this request: {reason}", INTERNAL)
         return output
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float], int]:
+        """mean and std of the checkpoint's pixel values, and its merge size."""
+        processor: Any = self.llm.engine.processor
+        vision = processor.config.vision
+        return processor.preprocessor.mean, processor.preprocessor.std, vision.spatial_merge_size
+
+
+class _Progress(ExitStack):
+    """Says which stage an answer is in until its first piece comes."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__()
+        num_patches = sum(len(media.pixel_values) for media in prepared.media)
+        self._labels = {
+            "vision": f"vision of {num_patches} patches",
+            "prefill": f"prefill of {count(len(prepared.token_ids), 'token')}",
+        }
+
+    def enter(self, name: Stage) -> None:
+        self.close()
+        if name in self._labels:
+            self.enter_context(stage(self._labels[name]))
 
 
 @contextmanager

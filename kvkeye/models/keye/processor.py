@@ -42,6 +42,8 @@ class MediaInput:
     spans             (first token, number of tokens) of its pads in the prompt, one per grid
     seconds_per_grid  seconds between the frames of a Preview clip
     joint             attention always spans one grid, never several
+    timestamps        seconds, one per frame of a 1.5 clip; None where the clock is unknown
+    frame_types       0 slow, 1 fast, one per frame of a 1.5 clip
     """
 
     kind: MediaKind
@@ -51,6 +53,8 @@ class MediaInput:
     spans: list[tuple[int, int]]
     seconds_per_grid: float | None = None
     joint: bool = True
+    timestamps: tuple[float, ...] | None = None
+    frame_types: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -249,6 +253,8 @@ class KeyeProcessor:
             key=self._key(loaded),
             spans=spans,
             seconds_per_grid=loaded.seconds_per_grid,
+            timestamps=loaded.timestamps,
+            frame_types=loaded.frame_types,
         )
 
     def _lay_out(self, loaded: LoadedMedia, lengths: Sequence[int], out: list[int]) -> list[tuple[int, int]]:
