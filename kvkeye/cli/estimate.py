@@ -87,7 +87,7 @@ def _lines(found: Estimate, folder: Path) -> list[str]:
         ("weights", found.weight_bytes, ""),
         ("KV cache", found.kv_bytes, f"{found.kv_bytes_per_token:,} bytes per token, {found.ctx} x {found.seqs}"),
         ("media embeddings", found.embedding_bytes, ""),
-        ("largest picture or clip", found.vision_bytes, "while it is encoded, about"),
+        ("encoding step", found.vision_bytes, f"{found.vision_patches} patches, about"),
         ("prefill step", found.step_bytes, f"{found.step_tokens} tokens, about"),
         ("total", found.total_bytes, ""),
         ("free here", found.free_bytes, f"on {found.device}: {'fits' if found.fits else 'does not fit'}"),

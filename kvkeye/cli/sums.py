@@ -55,6 +55,7 @@ class Estimate:
     kv_bytes: int
     embedding_bytes: int
     vision_bytes: int
+    vision_patches: int
     step_bytes: int
     step_tokens: int
     device: str
@@ -98,6 +99,7 @@ def estimate(
     per_block = block_bytes(text, engine.block_size, number)
     device = default_device()
     step_tokens = min(engine.max_num_batched_tokens, ctx * seqs)
+    patches = pass_patches(media, seqs, engine.max_num_encoder_patches, per_frame=config.version != "preview")
     return Estimate(
         version=config.version,
         dtype=str(number).removeprefix("torch."),
@@ -110,7 +112,8 @@ def estimate(
         kv_bytes_per_token=per_block // engine.block_size,
         kv_bytes=ceil_div(ctx, engine.block_size) * seqs * per_block,
         embedding_bytes=tokens * seqs * text.hidden_size * number.itemsize,
-        vision_bytes=max((vision_bytes(config.vision, item.patches, number.itemsize) for item in media), default=0),
+        vision_bytes=vision_bytes(config.vision, patches, number.itemsize),
+        vision_patches=patches,
         step_bytes=step_bytes(text, step_tokens, seqs, number.itemsize),
         step_tokens=step_tokens,
         device=str(device),
@@ -163,6 +166,12 @@ def _media_size(name: str, frames: int, size: tuple[int, int], tokens: int, leas
     return MediaSize(
         name, frames, f"{size[1]}x{size[0]}", max(tokens, least), min(tokens, least), 4 * max(tokens, least)
     )
+
+
+def pass_patches(media: Sequence[MediaSize], seqs: int, budget: int, per_frame: bool) -> int:
+    """Patches of the encoder's largest pass: as many as the budget packs, or one picture, clip or frame above it."""
+    alone = [ceil_div(item.patches, item.frames) if per_frame else item.patches for item in media]
+    return max([min(budget, seqs * sum(item.patches for item in media)), *alone])
 
 
 def vision_bytes(vision: VisionConfig, patches: int, itemsize: int) -> int:

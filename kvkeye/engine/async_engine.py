@@ -110,6 +110,9 @@ class AsyncEngine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         if self._queue is not None:
+            # Decoding under way ends with the processes that do it.
+            if self._config is not None and self._engine is not None:
+                self._engine.close()
             await asyncio.to_thread(self._queue.close)
         self._engine = None
 

@@ -27,6 +27,7 @@ class EngineConfig:
     num_blocks              KV blocks; None: from kv_cache_memory
     kv_cache_memory         bytes; None: what max_num_seqs full contexts need, at most 40 % of the free memory
     encoder_cache_memory    bytes of media embeddings kept for later requests
+    media_workers           processes that decode files; 0: this one; None: a core each, at most 4
     num_prepare_threads     threads that decode and resize media for coming requests while steps run
     prepared_media_memory   bytes of pixels of requests before their first step; above it preparation pauses
     enable_prefix_cache     reuse KV blocks of equal beginnings, answers included
@@ -49,6 +50,7 @@ class EngineConfig:
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     encoder_cache_memory: int = 256 << 20
+    media_workers: int | None = None
     num_prepare_threads: int = 2
     prepared_media_memory: int = 1 << 30
     enable_prefix_cache: bool = True
@@ -71,8 +73,9 @@ class EngineConfig:
         for name in ("max_model_len", "max_prefill_chunk", "num_blocks", "kv_cache_memory"):
             if getattr(self, name) is not None:
                 self._check_count(name, low=1)
-        if self.max_waiting is not None:
-            self._check_count("max_waiting", low=0)
+        for name in ("max_waiting", "media_workers"):
+            if getattr(self, name) is not None:
+                self._check_count(name, low=0)
         self._check_count("encoder_cache_memory", low=0)
         self._check_count("prepared_media_memory", low=0)
         if self.block_size & (self.block_size - 1):

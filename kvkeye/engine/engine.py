@@ -51,6 +51,7 @@ class TextProcessor(Processor, Protocol):
     @property
     def generation_defaults(self) -> Mapping[str, Any]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,18 @@ class Engine:
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
         report = check_folder(config.model)
         check_weights_fit(report.num_loaded * dtype.itemsize, device)
-        processor = KeyeProcessor.from_folder(config.model)
+        processor = KeyeProcessor.from_folder(config.model, media_workers=config.media_workers)
         model = load_model(config.model, dtype, device)
         logger.info("%s: %s on %s", config.model, dtype, device)
         engine = cls(config, model, processor, OutputParser)
         processor.max_tokens = engine.max_model_len  # refused before media are decoded, not after
+        if dtype == torch.bfloat16:
+            processor.pixel_dtype = dtype
         return engine
+
+    def close(self) -> None:
+        """Ends what runs outside this process. The engine cannot read files afterwards."""
+        self.processor.close()
 
     # Requests
 

@@ -29,6 +29,7 @@ class LLM:
 
     def __init__(self, model: str = "", *, engine: Engine | None = None, **config: Any) -> None:
         self._engine: Engine | None = engine or Engine.from_config(EngineConfig(model=model, **config))
+        self._owned = None if engine else self._engine
         self._lock = FairLock()
         # Latest snapshot of requests whose caller was not the one who stepped.
         self._mailbox: dict[str, RequestOutput] = {}
@@ -100,7 +101,9 @@ class LLM:
     def close(self) -> None:
         """Frees the model and its caches. Requests that still run are dropped."""
         with self._lock:
-            self._engine = None
+            if self._owned is not None:
+                self._owned.close()
+            self._engine = self._owned = None
             self._mailbox.clear()
 
     def __enter__(self) -> LLM:

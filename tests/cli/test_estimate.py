@@ -105,13 +105,27 @@ def test_tokens_of_slow_fast_clips_are_bounded(estimate, model_1_5, tmp_path):
     assert found["least_tokens"] < found["tokens"]
 
 
-def test_largest_item_decides_the_encoding(estimate, model):
-    small, both = (
-        estimate(model, *words) for words in (["--image", "56x56"], ["--image", "56x56", "--image", "560x560"])
-    )
+def test_what_one_pass_packs_decides_the_encoding(estimate, model):
+    """4,096 patches of several requests share a pass; a picture above that is encoded alone."""
     vision = KeyeConfig.from_folder(model).vision
-    assert small["vision_bytes"] == vision_bytes(vision, 16, 4)
-    assert both["vision_bytes"] == vision_bytes(vision, 1600, 4)
+    small, large = ("--image", "56x56"), ("--image", "980x980")
+    for words, patches in (
+        (small, 16),
+        ((*small, *small), 32),
+        ((*small, "--seqs", "300"), 4096),
+        (large, 4900),
+        ((*small, *large, "--seqs", "4"), 4900),
+    ):
+        found = estimate(model, *words)
+        assert found["vision_patches"] == patches
+        assert found["vision_bytes"] == vision_bytes(vision, patches, 4)
+
+
+def test_frames_of_a_1_5_clip_are_encoded_in_several_passes(estimate, model, model_1_5):
+    words = ("--video", "60@2:1280x720")
+    assert estimate(model_1_5, *words)["vision_patches"] == 4096
+    joint = estimate(model, *words)
+    assert joint["vision_patches"] == 4 * joint["media"][0]["tokens"] > 4096
 
 
 def test_config_file_itself_is_accepted(estimate, published):

@@ -77,6 +77,9 @@ class Processor:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def close(self) -> None:
+        pass
+
 
 @functools.cache
 def model(version: str = "preview", dtype: torch.dtype = torch.float32):
