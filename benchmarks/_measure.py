@@ -41,7 +41,7 @@ class Peer:
 
     group: str
     setting: str
-    run: Call
+    run: Call = lambda: None
 
     @property
     def name(self) -> str:
@@ -58,15 +58,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `verify` gets every side's output of the first round, ours first, and raises on disagreement."""
+    """One comparison. `verify` gets every side's output of the first round, ours first, and raises on disagreement.
+
+    flops     of one call                      bytes        read and written; compared with the copy bandwidth
+    streamed  bytes that must be read at least; compared with the read bandwidth, of which `least_read` is a bar
+    """
 
     name: str
-    ours: Call
     peers: Sequence[Peer]
     bars: Sequence[Bar]
-    verify: Callable[[list[Any]], None]
+    ours: Call = lambda: None
+    verify: Callable[[list[Any]], None] = lambda outputs: None
     flops: float = 0.0
     bytes: float = 0.0
+    streamed: float = 0.0
+    least_read: float = 0.0
 
 
 @dataclass
@@ -84,7 +90,10 @@ class Result:
         found = [(t, p.name) for p, t in zip(self.row.peers, self.medians[1:]) if p.group == group]
         return min(found)[::-1] if found else None
 
-    def judged(self) -> Iterator[dict[str, Any]]:
+    def judged(self, limits: Limits) -> Iterator[dict[str, Any]]:
+        if self.row.least_read:
+            share, least = self.shares(limits)["read"], self.row.least_read
+            yield {"against": "the read bandwidth", "ratio": share, "required": least, "met": share >= least}
         for bar in self.row.bars:
             best = self.best_peer(bar.group)
             if best is not None:
@@ -92,11 +101,13 @@ class Result:
                 yield {"against": best[0], "ratio": ratio, "required": bar.factor, "met": ratio >= bar.factor}
 
     def shares(self, limits: Limits) -> dict[str, float]:
-        """Of the time the limit needs; the vector units' limit, and the tiles' where the machine lends them."""
+        """Time that the limit needs over our time; of arithmetic the vector units' limit, and the tiles' if lent."""
         own = self.medians[0]
         shares = {}
         if self.row.bytes:
             shares["copy"] = self.row.bytes / own / limits.copy
+        if self.row.streamed:
+            shares["read"] = self.row.streamed / own / limits.read
         if self.row.flops:
             shares["vector"] = self.row.flops / own / max(limits.fp32, limits.dot)
             if limits.tiles:
@@ -139,7 +150,7 @@ def show(result: Result, limits: Limits) -> None:
     print(f"  {'kvkeye':<58}{milliseconds(own):>11}{rate}   {shares}")
     for peer, seconds in zip(result.row.peers, others):
         print(f"  {peer.name:<58}{milliseconds(seconds):>11}{seconds / own:>8.2f}x")
-    for judged in result.judged():
+    for judged in result.judged(limits):
         verdict = "pass" if judged["met"] else "MISS"
         print(f"  {verdict}: {judged['ratio']:.2f} times {judged['against']}; required {judged['required']:g}")
 
@@ -152,7 +163,7 @@ def record(result: Result, limits: Limits) -> dict[str, Any]:
         "ms": own * 1e3,
         "rounds": min(len(times) for times in result.times),
         "peers_ms": {peer.name: seconds * 1e3 for peer, seconds in zip(result.row.peers, others)},
-        "bars": list(result.judged()),
+        "bars": list(result.judged(limits)),
         "gflop_per_s": result.row.flops / own / 1e9,
         "gb_per_s": result.row.bytes / own / 1e9,
         "shares": result.shares(limits),

@@ -44,4 +44,4 @@ def attention_row(patches: int) -> Row:
 
     flops = 4.0 * patches**2 * HEADS * HEAD_DIM
     name = f"attention of {patches} patches, {HEADS} heads of {HEAD_DIM}, bf16"
-    return Row(name, ours, peers, [Bar("torch SDPA", 3.0)], verify, flops=flops)
+    return Row(name, peers, [Bar("torch SDPA", 3.0)], ours, verify, flops=flops)

@@ -59,7 +59,7 @@ def packing_row(bilinear: bool, quick: bool) -> Row:
     bars = [Bar("torch", 2.0)] if bilinear else [Bar("torch", 4.0), Bar("Pillow + numpy", 8.0)]
     num_bytes = 3 * size[0] * size[1] + 2 * 3 * target[0] * target[1]
     name = f"{size[1]} x {size[0]} photograph to bf16 rows of {target[1]} x {target[0]}, {mode}"
-    return Row(name, ours, peers, bars, verify, bytes=num_bytes)
+    return Row(name, peers, bars, ours, verify, bytes=num_bytes)
 
 
 def torch_sides(pixels: Tensor, target: tuple[int, int], mode: str) -> dict[str, Callable[[], Tensor]]:

@@ -38,7 +38,7 @@ def tower_row(side: int, quick: bool) -> Row:
     ]
     name = f"tower of {config.num_hidden_layers} layers of {config.hidden_size}, {14 * grid[2]} x {14 * grid[1]}, bf16"
     bars = [Bar("transformers, SDPA", 2.5)] if side == 1036 else []
-    return Row(name, lambda: tower(pixels, items), peers, bars, agree, flops=num_flops(config, grid[1] * grid[2]))
+    return Row(name, peers, bars, lambda: tower(pixels, items), agree, flops=num_flops(config, grid[1] * grid[2]))
 
 
 def random_tower(config: VisionConfig) -> VisionTower:

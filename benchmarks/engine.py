@@ -1,0 +1,181 @@
+"""Steps and prompts of the whole engine, beside transformers in the same process and vLLM in its own.
+
+    python benchmarks/engine.py --json benchmarks/results/engine.jsonl
+    python benchmarks/engine.py --sides vllm-compiled --rows decode_1
+    python benchmarks/engine.py --profile
+
+Random bf16 weights of a real geometry, prompts of 512 tokens, greedy, every side the same number of tokens. The sides
+take turns of some steps each; medians. The streaming limit is the bytes of weights and KV that a step must read, over
+the read bandwidth measured in the same run. vLLM comes from `make peers`.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import _isa
+
+_isa.ensure_bf16()
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from _engine_checkpoint import GEOMETRIES, Geometry, write_checkpoint
+from _engine_profile import print_profile
+from _engine_sides import Kvkeye, Prompts, Side, Transformers, Vllm
+from _limits import Limits, measure_limits
+from _measure import Bar, Peer, Result, Row, append, machine, parser, record, show
+
+ROWS = ("decode_1", "decode_8", "prefill")
+BATCH = 8  # the largest
+TURN = 8  # decode steps before the next side's turn
+MAX_TURNS = 8
+
+SIDES: dict[str, Callable[[Path, int], Side]] = {
+    "transformers-bf16": lambda folder, length: Transformers(folder, torch.bfloat16, False, length),
+    "transformers-bf16-static": lambda folder, length: Transformers(folder, torch.bfloat16, True, length),
+    "transformers-fp32": lambda folder, length: Transformers(folder, torch.float32, False, length),
+    "vllm-eager": lambda folder, length: Vllm(folder, True, length, BATCH),
+    "vllm-compiled": lambda folder, length: Vllm(folder, False, length, BATCH),
+}
+
+
+@contextmanager
+def opened(names: list[str], folder: Path, length: int) -> Iterator[list[Side]]:
+    """The peers that can be had here; the others are named with the reason."""
+    sides: list[Side] = []
+    for name in names:
+        try:
+            sides.append(SIDES[name](folder, length))
+        except (FileNotFoundError, RuntimeError) as error:
+            print(f"  {name} is left out: {error}")
+    try:
+        yield sides
+    finally:
+        for side in sides:
+            side.close()
+        sides.clear()
+        gc.collect()
+
+
+def random_prompts(geometry: Geometry, batch: int, length: int, seed: int) -> Prompts:
+    generator = torch.Generator().manual_seed(seed)
+    ids: Prompts = torch.randint(0, geometry.text.vocab_size, (batch, length), generator=generator).tolist()
+    return ids
+
+
+def check(sides: list[Side], prompt: list[int]) -> None:
+    """Logits after a prompt point the way the peers' do; a wrong engine is not timed."""
+    ours = sides[0].last_logits(prompt)
+    assert ours is not None
+    for side in sides[1:]:
+        logits = side.last_logits(prompt)
+        if logits is not None:
+            similarity = torch.nn.functional.cosine_similarity(ours, logits, dim=0).item()
+            print(f"  logits: cosine {similarity:.5f} with {side.group}, {side.setting}")
+            if similarity < 0.99:
+                raise AssertionError(f"logits differ from {side.group}'s, {side.setting}: cosine {similarity:.4f}")
+
+
+def decode(sides: list[Side], prompts: Prompts, seconds: float) -> tuple[list[list[float]], list[Prompts]]:
+    """Seconds per step and side, and the tokens. Every side makes the same number of steps."""
+    turns = MAX_TURNS
+    for side in sides:
+        side.start(prompts, 2 + TURN * (turns + 1))
+    warm = sum(side.advance(TURN) for side in sides)
+    turns = max(3, min(turns, int(seconds / warm)))
+    times: list[list[float]] = [[] for _ in sides]
+    for _ in range(turns):
+        for side, own in zip(sides, times):
+            own.append(side.advance(TURN) / TURN)
+    return times, [side.finish() for side in sides]
+
+
+def prefill(sides: list[Side], geometry: Geometry, length: int, seconds: float) -> list[list[float]]:
+    """Seconds for one prompt, a new one each time."""
+    times: list[list[float]] = [[] for _ in sides]
+    spent, turn = 0.0, 0
+    while turn < 4 or spent + spent / turn < seconds:
+        for side, own in zip(sides, times):
+            own.append(side.start(random_prompts(geometry, 1, length, 100 + turn), 1))
+            side.finish()
+        spent, turn = sum(map(sum, times)), turn + 1
+    return [own[1:] for own in times]  # the first turn warms up
+
+
+def measure(name: str, sides: list[Side], geometry: Geometry, given: argparse.Namespace) -> Result:
+    peers = [Peer(side.group, side.setting) for side in sides[1:]]
+    length = given.prompt
+    if name == "prefill":
+        text = geometry.text
+        attention = 2 * 2 * length**2 / 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+        flops = geometry.weight_bytes() * length + attention
+        title = f"{geometry.name}: prompt of {length} tokens"
+        row = Row(title, peers, [Bar("transformers", 1.5)], flops=flops)
+        return Result(row, prefill(sides, geometry, length, given.seconds))
+    batch = int(name.split("_")[1])
+    times, tokens = decode(sides, random_prompts(geometry, batch, length, batch), given.seconds)
+    counts = {len(answer) for side in tokens for answer in side}
+    if len(counts) != 1:
+        raise AssertionError(f"{name}: the sides made different numbers of tokens: {counts}")
+    for side, answers in zip(sides[1:], tokens[1:]):
+        same = sum(a == b for x, y in zip(tokens[0], answers) for a, b in zip(x, y))
+        print(f"  {name}: {same} of {batch * counts.copy().pop()} tokens equal those of {side.group}, {side.setting}")
+    streamed = geometry.weight_bytes() + geometry.kv_bytes(batch, length + counts.pop() // 2)
+    bars = [Bar("vLLM compiled", 1.25 if batch == 1 else 2.0)]
+    title = f"{geometry.name}: one step, {batch} answers after prompts of {length}"
+    return Result(Row(title, peers, bars, streamed=float(streamed), least_read=0.7), times)
+
+
+def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: dict[str, Any]) -> None:
+    folder = given.folder or Path(tempfile.gettempdir()) / f"kvkeye-benchmark-{given.geometry}"
+    keye, qwen3 = write_checkpoint(folder, geometry)
+    length = given.prompt + 2 + TURN * (MAX_TURNS + 2)
+    ours = Kvkeye(keye, length, BATCH)
+    if given.profile:
+        print_profile(ours, random_prompts(geometry, 1, given.prompt, 0), geometry)
+        return
+    phases = [given.sides] if given.together else [[side] for side in given.sides]
+    for phase in phases:
+        with opened(phase, qwen3, length) as peers:
+            sides: list[Side] = [ours, *peers]
+            check(sides, random_prompts(geometry, 1, given.prompt, 99)[0])
+            for name in given.rows:
+                result = measure(name, sides, geometry, given)
+                if given.quick:
+                    result.row = replace(result.row, bars=[], least_read=0.0)
+                show(result, limits)
+                append(given.json, about | limits.row() | record(result, limits))
+
+
+def main() -> None:
+    options = parser(__doc__, ROWS, seconds=20.0)
+    options.add_argument("--geometry", choices=list(GEOMETRIES), default="qwen3-0.6b")
+    options.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES), help="only these peers")
+    options.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
+    options.add_argument("--folder", type=Path, help="where the random checkpoint is kept between runs")
+    options.add_argument("--together", action="store_true", help="all peers in memory at once, not in pairs with ours")
+    options.add_argument("--profile", action="store_true", help="where a step of one answer goes, by op")
+    given = options.parse_args()
+    if given.quick:
+        given.geometry, given.prompt, given.seconds = "tiny", 32, 0.1
+    torch.set_num_threads(given.threads)
+    geometry = GEOMETRIES[given.geometry]
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    about = machine() | {"packages": packages, "quick": given.quick, "geometry": given.geometry}
+    limits = measure_limits(max(1 << 24, geometry.weight_bytes()))
+    print(f"{about}\n{limits}")
+    streamed = geometry.weight_bytes() + geometry.kv_bytes(1, given.prompt)
+    print(f"a step of one answer reads {streamed / 1e9:.3f} GB: at least {streamed / limits.read * 1e3:.1f} ms")
+    run(geometry, given, limits, about)
+
+
+if __name__ == "__main__":
+    main()
