@@ -201,6 +201,12 @@ template <class T> int pack_patches(const PackCudaParams<T>& p, void* stream) {
   return launch<pack_patches_kernel<T>>(dim3((unsigned)p.tiles), dim3(kThreads), sizeof(Tile), stream, p);
 }
 
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing((cudaStream_t)stream, &status) != cudaSuccess ||
+         status != cudaStreamCaptureStatusNone;
+}
+
 template int pack_patches<float>(const PackCudaParams<float>&, void*);
 template int pack_patches<bf16>(const PackCudaParams<bf16>&, void*);
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,8 +201,13 @@ def _(
     return images[0].new_empty((patches, 3 * patch_size**2), dtype=dtype)
 
 
+def _patch_is_not_14(images: list[Tensor], *rest: Any) -> Iterator[str]:
+    if (patch_size := rest[-2]) != 14:
+        yield f"patch_size is {patch_size}; the GPU kernel is made for 14"
+
+
 pack_patches.implement("cpp")
-pack_patches.implement("cuda")
+pack_patches.implement("cuda", refuses=_patch_is_not_14)
 
 
 def _size_fits(image: Tensor, rows: int, columns: int, bilinear: bool) -> Iterator[str]:

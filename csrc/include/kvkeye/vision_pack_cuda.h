@@ -37,6 +37,9 @@ template <class T> struct PackCudaParams {
 namespace cuda {
 // Pointers are device pointers, `stream` is a cudaStream_t; returns a cudaError_t. T is float or bf16.
 template <class T> int pack_patches(const PackCudaParams<T>& params, void* stream);
+
+// Whether the stream's work goes into a graph: a replay would read the plan after its memory is gone.
+bool is_capturing(void* stream);
 } // namespace cuda
 
 } // namespace kvkeye
