@@ -33,6 +33,8 @@ class LoadedMedia:
 
     groups            uint8 [t, height, width, 3] each; a group attends jointly. One per picture, per Preview clip,
                       per 1.5 frame
+    resize_to         (height, width) of the picture's patches where it is still to be resized, by Pillow's bicubic
+                      rule: packing does that on the way
     seconds_per_grid  seconds between the frames of a Preview clip
     timestamps        seconds, one per 1.5 frame; None where the clock is unknown
     frame_types       0 slow, 1 fast, one per 1.5 frame
@@ -40,9 +42,15 @@ class LoadedMedia:
 
     kind: Kind
     groups: tuple[Frame, ...]
+    resize_to: tuple[int, int] | None = None
     seconds_per_grid: float | None = None
     timestamps: tuple[float, ...] | None = None
     frame_types: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each group's frames once packed."""
+        return [self.resize_to or group.shape[1:3] for group in self.groups]
 
 
 @dataclass(frozen=True)

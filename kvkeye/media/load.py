@@ -21,7 +21,7 @@ from kvkeye.media.image import load_image
 from kvkeye.media.job import CLIENT_PIXELS, Job, LoadedMedia, MediaSettings, num_tokens
 from kvkeye.media.limits import MediaLimits
 from kvkeye.media.options import Kind, MediaOptions
-from kvkeye.media.resize import client_size, processor_size, resize_image
+from kvkeye.media.resize import BICUBIC, client_size, processor_size, resize_image
 from kvkeye.media.source import decode_base64, is_data_uri, open_source, split_data_uri
 
 MAX_PLANS = 3  # by the index, by the count of packets, by the count of frames
@@ -82,7 +82,9 @@ def _load_picture(source: object, job: Job, decoder: Decoder) -> LoadedMedia:
     height, width = wished or (frame.shape[0], frame.shape[1])
     size = processor_size(height, width, least, most)
     job.check_tokens(num_tokens(1, size))
-    return LoadedMedia("image", (resize_image(frame, size, settings.resample)[None],))
+    if settings.resample != BICUBIC:
+        return LoadedMedia("image", (resize_image(frame, size, settings.resample)[None],))
+    return LoadedMedia("image", (frame[None],), resize_to=size)
 
 
 def _open_clip(source: object, job: Job, decoder: Decoder, stack: ExitStack) -> Clip:

@@ -5,33 +5,35 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from blake3 import blake3
 
+from kvkeye import ops
 from kvkeye.media.frame import Frame
+from kvkeye.media.resize import as_picture
 
 
-def patchify(groups: Sequence[Frame], patch_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Normalised patches of frame stacks, packed.
+def patchify(
+    groups: Sequence[Frame],
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    sizes: Sequence[tuple[int, int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Normalised patches of frame stacks, packed; frames that are not at their size yet are resized, bicubic.
 
-    Args     groups  uint8 [t, height, width, 3] each, sides multiples of patch_size
-    Returns  [N, 3 * patch_size^2] fp32, one row per patch: values in (channel, row, column) order,
+    Args     groups  uint8 [t, height, width, 3] each
+             sizes   (height, width) of each group's result, multiples of patch_size; by default the group's own
+             dtype   fp32 or bf16
+    Returns  [N, 3 * patch_size^2], one row per patch: values in (channel, row, column) order,
              rows in raster order (frame, patch row, patch column), groups one after the other
     """
-    counts = [g.shape[0] * (g.shape[1] // patch_size) * (g.shape[2] // patch_size) for g in groups]
-    out = torch.empty(sum(counts), 3 * patch_size**2)
-    start = 0
-    for group, count in zip(groups, counts):
-        t, height, width, _ = group.shape
-        x = torch.from_numpy(np.require(group, requirements=["C", "W"]))
-        x = x.view(t, height // patch_size, patch_size, width // patch_size, patch_size, 3)
-        x = x.permute(0, 1, 3, 5, 2, 4)  # [t, gh, gw, 3, patch, patch]
-        out[start : start + count].view(x.shape).copy_(x)
-        start += count
-    shift, scale = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
-    out.view(-1, 3, patch_size**2).div_(255).sub_(shift).div_(scale)
-    return out
+    sizes = [group.shape[1:3] for group in groups] if sizes is None else sizes
+    frames = [as_picture(frame) for group in groups for frame in group]
+    sides = [side for group, size in zip(groups, sizes) for _ in group for side in size]
+    packed: torch.Tensor = ops.pack_patches(frames, sides, list(mean), list(std), False, patch_size, dtype)
+    return packed
 
 
 class MediaKey:

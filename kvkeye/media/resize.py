@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from kvkeye import ops
 from kvkeye.media.frame import Frame, check_aspect
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, as `resample` in preprocessor_config.json
@@ -53,24 +54,39 @@ def _fit(
     return rows, columns
 
 
+def as_picture(frame: Frame) -> torch.Tensor:
+    """uint8 [height, width, 3]; shares memory where the array allows it."""
+    return torch.from_numpy(np.require(frame, requirements=["C", "W"]))
+
+
 def as_tensor(frame: Frame) -> torch.Tensor:
     """uint8 [1, 3, height, width]; shares memory where the array allows it."""
-    array = np.require(frame, requirements=["C", "W"])
-    return torch.from_numpy(array).permute(2, 0, 1)[None]
+    return as_picture(frame).permute(2, 0, 1)[None]
 
 
 def resize_image(frame: Frame, size: tuple[int, int], resample: int = BICUBIC) -> Frame:
-    """Pillow's antialiased resampling of one picture (horizontal pass first in versions below 13)."""
+    """Pillow's antialiased resampling of one picture (horizontal pass first, as in versions below 13)."""
     if frame.shape[:2] == size:
         return frame
-    picture = Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling(resample))
-    return np.asarray(picture)
+    if resample == BICUBIC:
+        return _resized(frame, size, False)
+    return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling(resample)))
 
 
 def resize_frame(frame: Frame, size: tuple[int, int], mode: str) -> Frame:
-    """The rule for clips: antialiased `bilinear` or `bicubic` in fp32, rounded and clamped to uint8."""
+    """The rules for clips, antialiased, rounded to uint8.
+
+    `bicubic` (Preview) is computed in fp32 and rounded once; `bilinear` (1.5) is torch's uint8 interpolation, which the
+    checkpoint's processor calls: fixed-point weights, rounded after each of the two passes.
+    """
     if frame.shape[:2] == size:
         return frame
-    x = as_tensor(frame).float()
-    y = interpolate(x, size=size, mode=mode, antialias=True, align_corners=False)
+    if mode == "bilinear":
+        return _resized(frame, size, True)
+    y = interpolate(as_tensor(frame).float(), size=size, mode=mode, antialias=True, align_corners=False)
     return np.ascontiguousarray(y[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def _resized(frame: Frame, size: tuple[int, int], bilinear: bool) -> Frame:
+    resized: Frame = ops.resize_image(as_picture(frame), *size, bilinear).numpy()
+    return resized

@@ -20,6 +20,8 @@ from kvkeye.media.job import MediaSettings
 from kvkeye.media.limits import MediaLimits
 from kvkeye.media.load import load_media
 from kvkeye.media.options import MediaOptions
+from kvkeye.media.patches import patchify
+from kvkeye.media.resize import BILINEAR
 from kvkeye.media.sampling import VideoPolicy, sample_preview, sample_slow_fast
 from kvkeye.media.slow_fast import FrameTyper, slow_fast_sizes, to_hsv
 from tests.media.movies import greys, hide_frames, write_movie
@@ -52,19 +54,33 @@ def load(kind, source, settings=PREVIEW, limits=LIMITS, check_tokens=lambda toke
 )
 def test_picture_sizes(settings, options, size):
     item = load("image", photo("astronaut.png"), settings, **options)
-    assert [g.shape for g in item.groups] == [(1, *size, 3)]
+    assert item.sizes == [size] and [g.shape for g in item.groups] == [(1, 512, 512, 3)]
     with Image.open(photo("astronaut.png")) as original:
-        expected = original.resize(size[::-1], Image.Resampling.BICUBIC)
-    assert np.array_equal(item.groups[0][0], np.asarray(expected))
+        assert_packed(item, original.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def assert_packed(item, expected):
+    """The patches of a loaded picture are those of `expected`, a PIL image."""
+    half = (0.5, 0.5, 0.5)
+    rows = patchify(item.groups, 14, half, half, item.sizes)
+    assert torch.equal(rows, patchify([np.asarray(expected)[None]], 14, half, half))
 
 
 def test_the_clients_own_resize_is_an_option():
     twice = MediaSettings("preview", 3136, 1_003_520, client_resize=True)
     big = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8))
     expected = big.resize((1988, 1512), Image.Resampling.BICUBIC).resize((1148, 868), Image.Resampling.BICUBIC)
-    assert np.array_equal(load("image", big, twice).groups[0][0], np.asarray(expected))
+    assert_packed(load("image", big, twice), expected)
     once = big.resize((1148, 840), Image.Resampling.BICUBIC)
-    assert np.array_equal(load("image", big).groups[0][0], np.asarray(once))
+    assert_packed(load("image", big), once)
+
+
+def test_a_bilinear_checkpoint_resizes_as_pillow():
+    bilinear = MediaSettings("preview", 3136, 1_003_520, resample=BILINEAR)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8))
+    item = load("image", picture, bilinear)
+    expected = picture.resize((196, 140), Image.Resampling.BILINEAR)
+    assert item.resize_to is None and np.array_equal(item.groups[0][0], np.asarray(expected))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from kvkeye.media.patches import MediaKey, patchify
 
@@ -27,6 +28,17 @@ def test_order_is_channel_row_column_over_raster_patches():
                     patch = (patch - np.float32(0.5)) / np.array([0.5, 0.25, 0.125], np.float32)
                     assert np.array_equal(out[row].numpy(), patch.transpose(2, 0, 1).reshape(-1))
                     row += 1
+
+
+def test_packing_resizes_on_the_way():
+    """Stacks of several frames and sizes; the same rows as resizing first. bf16 is fp32 rounded."""
+    rng = np.random.default_rng(1)
+    groups = [rng.integers(0, 256, (2, 40, 30, 3), np.uint8), rng.integers(0, 256, (1, 28, 42, 3), np.uint8)]
+    sizes = [(28, 56), (28, 42)]
+    first = np.stack([np.asarray(Image.fromarray(f).resize((56, 28), Image.Resampling.BICUBIC)) for f in groups[0]])
+    expected = patchify([first, groups[1]], 14, HALF, HALF)
+    assert torch.equal(patchify(groups, 14, HALF, HALF, sizes), expected)
+    assert torch.equal(patchify(groups, 14, HALF, HALF, sizes, torch.bfloat16), expected.bfloat16())
 
 
 def test_a_convolution_sees_the_same_picture():

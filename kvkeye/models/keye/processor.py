@@ -29,14 +29,14 @@ from kvkeye.models.keye.preprocessor import Preprocessor
 
 log = logging.getLogger("kvkeye.processor")
 
-KEY_LAYOUT = "kvkeye media 1"  # changes when the meaning of pixel values changes
+KEY_LAYOUT = "kvkeye media 2"  # changes when the meaning of pixel values changes
 
 
 @dataclass(frozen=True)
 class MediaInput:
     """One picture or clip of a prompt.
 
-    pixel_values      [N, 588] fp32, normalised patches in raster order
+    pixel_values      [N, 588] of the processor's pixel_dtype, normalised patches in raster order
     grids             (t, gh, gw) in patches: one for a picture or a Preview clip, one per frame for a 1.5 clip
     key               blake3 of everything that the features and positions depend on
     spans             (first token, number of tokens) of its pads in the prompt, one per grid
@@ -98,6 +98,7 @@ class KeyeProcessor:
         self.limits = limits or MediaLimits()
         self.decoder = decoder or MediaDecoder()
         self.max_tokens = config.text.max_position_embeddings
+        self.pixel_dtype = torch.float32  # or bf16, where the model rounds to it anyway
         self.eos_token_ids = _eos_token_ids(config, self.generation_defaults)
         self._pads = {"image": config.image_token_id, "video": config.video_token_id}
         self._frame = self._fast_start = self._fast_end = -1
@@ -243,12 +244,15 @@ class KeyeProcessor:
         )
         vision = self.config.vision
         patch = vision.patch_size
-        grids = [(g.shape[0], g.shape[1] // patch, g.shape[2] // patch) for g in loaded.groups]
+        sizes = loaded.sizes
+        grids = [(len(g), rows // patch, columns // patch) for g, (rows, columns) in zip(loaded.groups, sizes)]
         lengths = [MediaGrid(item.kind, grid).num_tokens(vision.spatial_merge_size) for grid in grids]
         spans = self._lay_out(loaded, lengths, out)
         return MediaInput(
             kind=item.kind,
-            pixel_values=patchify(loaded.groups, patch, self.preprocessor.mean, self.preprocessor.std),
+            pixel_values=patchify(
+                loaded.groups, patch, self.preprocessor.mean, self.preprocessor.std, sizes, self.pixel_dtype
+            ),
             grids=grids,
             key=self._key(loaded),
             spans=spans,
@@ -277,7 +281,7 @@ class KeyeProcessor:
         key = MediaKey().add(KEY_LAYOUT).add(self.config.version).add(loaded.kind)
         key.add(self.preprocessor.mean).add(self.preprocessor.std).add(self.config.vision.patch_size)
         key.add(loaded.seconds_per_grid).add(loaded.timestamps).add(loaded.frame_types)
-        return key.add(loaded.groups).digest()
+        return key.add(loaded.resize_to).add(loaded.groups).digest()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
