@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import struct
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,19 +16,11 @@ from PIL import Image
 from kvkeye.errors import MediaError
 from kvkeye.media.image import load_image
 from kvkeye.media.limits import MediaLimits
+from tests.media.corpus import animated as frames
+from tests.media.corpus import bomb, encode, noise
 from tests.samples import photo
 
 LIMITS = MediaLimits()
-
-
-def encode(picture, kind="PNG", **options):
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(*shape):
-    return np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
 
 
 PIXELS = noise(13, 21, 3)
@@ -141,19 +131,6 @@ def test_damaged_exif_is_not_fatal():
     assert np.array_equal(load_image(source, LIMITS), PIXELS)
 
 
-def bomb(width, height):
-    """A PNG of a few kilobytes that claims width x height pixels, one bit each, all present."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    packer = zlib.compressobj(9)
-    row = bytes(1 + width // 8)
-    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_before_it_is_decoded():
     data = bomb(13_000, 13_000)
@@ -188,11 +165,6 @@ def text_file():
 def truncated_jpeg():
     data = photo("rocket.jpg").read_bytes()
     return data[: len(data) // 2]
-
-
-def frames(kind, count):
-    pictures = [Image.new("RGB", (4, 4), (k * 80 % 256, 0, 0)) for k in range(count)]
-    return encode(pictures[0], kind, save_all=True, append_images=pictures[1:])
 
 
 @pytest.mark.parametrize(
