@@ -39,6 +39,8 @@ from kvkeye.ops.vision import (
     interpolate_position_backward,
     merge_patches,
     merge_patches_backward,
+    pack_patches,
+    resize_image,
 )
 
 __all__ = [
@@ -62,12 +64,14 @@ __all__ = [
     "mrope",
     "mrope_backward",
     "op",
+    "pack_patches",
     "packed_linear",
     "packed_linear_backward",
     "paged_attention",
     "qk_norm_mrope",
     "qk_norm_mrope_append",
     "qk_norm_mrope_backward",
+    "resize_image",
     "rms_norm",
     "rms_norm_backward",
     "rope_2d",
