@@ -1,160 +1,218 @@
-// Matrix product with one order of summation for every number of rows.
+// Matrix product with one order of summation for every number of rows, and what follows it in a layer.
 //
-// A tile of M rows times N outputs keeps M * N vectors of partial sums in registers and walks over the
-// inputs: M + N loads feed M * N multiply-adds. Tiles differ in shape only, never in the arithmetic of one
-// element.
+// An item is a block of rows times a few panels of outputs. It walks over the inputs in chunks: the block's
+// inputs are widened once, each panel's weights are brought into the form that the tile multiplies, and the
+// tiles add their sums to totals that stay in the second-level cache.
 #include "kvkeye/linear.h"
-#include "kvkeye/common/simd.h"
+#include "activation_math.h"
+#include "linear_load.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
-// How one vector of inputs is loaded and multiplied.
-template <class T> struct Product {
-  typedef Vf Operand;
-  static constexpr int step = kLanes;
-  KVKEYE_INLINE Operand load(const T* source, int count) { return KVKEYE_ISA::load(source, count); }
-  KVKEYE_INLINE Vf add(Operand x, Operand w, Vf total) { return fma(x, w, total); }
+constexpr int kRows = LinearParams<float>::kRowBlock, kPanels = LinearParams<float>::kGroupPanels;
+
+template <class T> constexpr int kPerWord = 4 / (int)sizeof(T);
+template <class T> constexpr int words_of(int count) {
+  return (count + kPerWord<T> - 1) / kPerWord<T>;
+}
+
+constexpr int kFewRows = 2 * kTileRows; // one tile
+
+struct alignas(64) Scratch {
+  float x[kRows * kInputChunk];
+  float weight[kInputChunk * kPanel], widened[kInputChunk * kPanel];
+  float total[kPanels][kRows * kPanel];
 };
 
+struct Range {
+  int64_t first;
+  int count;
+};
+
+Range range_of(int64_t index, int64_t block, int64_t size) {
+  const int64_t first = index * block, left = size - first;
+  return {first, (int)(left < block ? left : block)};
+}
+
+template <class T> struct Item {
+  const LinearParams<T>& p;
+  Scratch& scratch;
+  Range rows, blocks;
+};
+
+template <class Product, class T> void load_block(const Item<T>& item, int64_t k, int count) {
+  for (int m = 0; m < item.rows.count; ++m)
+    load_inputs<T, Product>(item.p.x + (item.rows.first + m) * item.p.x_stride + k, count,
+                            item.scratch.x + m * kInputChunk);
+}
+
+// Where a panel's weights lie: `panel` counts the panels of the item.
+template <class T> struct Panel {
+  const T* packed; // or null
+  PanelRows<T> rows;
+  int64_t stride;
+
+  static Panel of(const Item<T>& item, int panel) {
+    const LinearParams<T>& p = item.p;
+    const int64_t block = item.blocks.first + panel / p.parts(), part = panel % p.parts();
+    if (p.packed)
+      return {p.weight + (block * p.parts() + part) * p.words() * kPanel * kPerWord<T>, {}, 0};
+    const T* first = p.weight + (part * p.outputs + block * kPanel) * p.weight_stride;
+    return {nullptr, PanelRows<T>::at(first, p.weight_stride, p.outputs - block * kPanel), p.weight_stride};
+  }
+
+  // Inputs [k, k + count) as words, in place or made in `copy`.
+  const float* words(int64_t k, int count, float* copy) const {
+    if (packed != nullptr)
+      return (const float*)packed + k / kPerWord<T> * kPanel;
+    PanelRows<T>::pack(rows, k, count, copy);
+    return copy;
+  }
+
+  Upcoming upcoming(int64_t k) const {
+    constexpr int lines = kInputChunk * sizeof(T) / 64;
+    if (packed != nullptr)
+      return {(const char*)(packed + k * kPanel), 0, 1, kPanel * lines};
+    return {(const char*)(rows.row[0] + k), stride * (int64_t)sizeof(T), kPanel, lines};
+  }
+};
+
+// Every panels-th row of the block, from the panel-th on.
+template <class T> Upcoming upcoming_inputs(const Item<T>& item, int64_t k, int panel, int panels) {
+  const T* first = item.p.x + (item.rows.first + panel) * item.p.x_stride + k;
+  return {(const char*)first, item.p.x_stride * (int64_t)sizeof(T) * panels,
+          (item.rows.count - panel + panels - 1) / panels, kInputChunk * (int)sizeof(T) / 64};
+}
+
+KVKEYE_INLINE int chunk_at(int64_t k, int64_t inputs) {
+  return inputs - k < kInputChunk ? (int)(inputs - k) : kInputChunk;
+}
+
+// Few rows: one panel after the other, each from its first word to its last. Product reads words as packed.
+template <class Product, class T> void stream_panels(const Item<T>& item) {
+  for (int panel = 0; panel < item.blocks.count * item.p.parts(); ++panel) {
+    const Panel<T> weights = Panel<T>::of(item, panel);
+    for (int64_t k = 0; k < item.p.inputs; k += kInputChunk) {
+      const int count = chunk_at(k, item.p.inputs);
+      load_block<Product>(item, k, count);
+      const float* w = weights.words(k, count, item.scratch.weight);
+      multiply_tile<Product, true, kFewRows>(item.scratch.x, w, words_of<T>(count), item.rows.count,
+                                             item.scratch.total[panel], k == 0,
+                                             w + words_of<T>(kInputChunk) * kPanel);
+    }
+  }
+}
+
+// Many rows: chunk by chunk, so that inputs are prepared once for all panels. Words of two bf16 that would be
+// widened for every tile are widened here instead.
+template <class Product, class T> void multiply_panels(const Item<T>& item) {
+  const int panels = item.blocks.count * item.p.parts();
+  Panel<T> weights[kPanels];
+  for (int panel = 0; panel < panels; ++panel)
+    weights[panel] = Panel<T>::of(item, panel);
+  for (int64_t k = 0; k < item.p.inputs; k += kInputChunk) {
+    const int count = chunk_at(k, item.p.inputs), words = words_of<T>(count);
+    load_block<Product>(item, k, count);
+    const bool more = k + kInputChunk < item.p.inputs;
+    for (int panel = 0; panel < panels; ++panel) {
+      const bool last = panel + 1 == panels;
+      const Upcoming next = weights[last ? 0 : panel + 1].upcoming(last ? k + kInputChunk : k);
+      const Upcoming inputs = more ? upcoming_inputs(item, k + kInputChunk, panel, panels) : Upcoming{};
+      const float* w = weights[panel].words(k, count, item.scratch.weight);
+      float* total = item.scratch.total[panel];
+      if constexpr (Product::steps == 2) {
+        widen_weights(w, words, item.scratch.widened);
+        multiply_rows<Single>(item.scratch.x, item.scratch.widened, 2 * words, item.rows.count, total, k == 0,
+                              next, inputs);
+      } else {
+        multiply_rows<Product>(item.scratch.x, w, words, item.rows.count, total, k == 0, next, inputs);
+      }
+    }
+  }
+}
+
+template <class Product, class T> KVKEYE_INLINE void sum_products(const Item<T>& item) {
+  if (item.rows.count <= kFewRows)
+    stream_panels<Product>(item);
+  else
+    multiply_panels<Product>(item);
+}
+
+// total + bias as an op of its own would have stored it, then the epilogue.
+template <class T> KVKEYE_INLINE void finish_row(const Item<T>& item, int m, int block) {
+  const LinearParams<T>& p = item.p;
+  const int parts = p.parts();
+  const int64_t row = item.rows.first + m;
+  const Range outputs = range_of(item.blocks.first + block, kPanel, p.outputs);
+  const float* total = item.scratch.total[block * parts] + m * kPanel;
+  const float* up = item.scratch.total[block * parts + parts - 1] + m * kPanel;
+  T* y = p.y + row * p.outputs + outputs.first;
+  for_vectors(outputs.count, [&](int64_t o, int lanes) KVKEYE_LAMBDA {
+    const int64_t output = outputs.first + o;
+    Vf value = load(total + o) + (p.bias == nullptr ? Vf{} : load(p.bias + output, lanes));
+    if (p.epilogue != Epilogue::none)
+      value = rounded<T>(value);
+    if (p.epilogue == Epilogue::add)
+      value = load(p.residual + row * p.residual_stride + output, lanes) + value;
+    else if (p.epilogue == Epilogue::silu_mul)
+      value = silu_mul_value(value, rounded<T>(load(up + o)));
+    else if (p.epilogue != Epilogue::none)
+      value = gelu_value(value, p.epilogue == Epilogue::gelu_tanh);
+    store(y + o, value, lanes);
+  });
+}
+
+template <class T> void finish(const Item<T>& item) {
+  for (int m = 0; m < item.rows.count; ++m)
+    for (int block = 0; block < item.blocks.count; ++block)
+      finish_row(item, m, block);
+}
+
+template <class T> void run(const Item<T>& item) {
+  if (item.p.inputs == 0)
+    std::memset(item.scratch.total, 0, sizeof item.scratch.total);
+  if constexpr (sizeof(T) == 4) {
+    sum_products<Single>(item);
+  } else {
 #if defined(__AVX512BF16__)
-// Two neighbouring products enter each lane at once.
-template <> struct Product<bf16> {
-  typedef __m512i Operand;
-  static constexpr int step = 2 * kLanes;
-  KVKEYE_INLINE Operand load(const bf16* source, int count) {
-    if (count == step)
-      return _mm512_loadu_si512(source);
-    return _mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), source);
-  }
-  KVKEYE_INLINE Vf add(Operand x, Operand w, Vf total) {
-    return (Vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)x, (__m512bh)w);
-  }
-};
+    if (item.p.paired)
+      sum_products<Paired>(item);
+    else
 #endif
-
-template <class T, int M, int N> struct Tile {
-  const T* x[M];
-  const T* weight[N];
-  Vf total[M][N];
-
-  KVKEYE_INLINE void add(Tile& tile, int64_t k, int count) {
-    typename Product<T>::Operand w[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-      w[n] = Product<T>::load(tile.weight[n] + k, count);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const auto x = Product<T>::load(tile.x[m] + k, count);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n)
-        tile.total[m][n] = Product<T>::add(x, w[n], tile.total[m][n]);
-    }
+      sum_products<Widened>(item);
   }
-};
-
-// Lane n: the sum over the lanes of total[n], in the order of sum().
-template <int N> KVKEYE_INLINE Vf sum_each(const Vf* total) {
-#if defined(__AVX512F__)
-  static_assert(N == 4);
-  const __m512 a = (__m512)total[0], b = (__m512)total[1], c = (__m512)total[2], d = (__m512)total[3];
-  const __m512 ab = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(0xffff, a, b, 0x44),
-                                  _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0xee));
-  const __m512 cd = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(0xffff, c, d, 0x44),
-                                  _mm512_maskz_shuffle_f32x4(0xffff, c, d, 0xee));
-  Vf four = (Vf)_mm512_add_ps(_mm512_maskz_shuffle_f32x4(0xffff, ab, cd, 0x88),
-                              _mm512_maskz_shuffle_f32x4(0xffff, ab, cd, 0xdd));
-  four += (Vf)_mm512_maskz_permute_ps(0xffff, (__m512)four, 0xee);
-  four += (Vf)_mm512_maskz_permute_ps(0xffff, (__m512)four, 0x55);
-  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  return (Vf)_mm512_maskz_permutexvar_ps(0xf, firsts, (__m512)four);
-#else
-  Vf found{};
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n)
-    found[n] = sum(total[n]);
-  return found;
-#endif
-}
-
-// Elements [row, row + M) x [output, output + N). Past the edge the last row or output is computed again and
-// dropped, so that an edge needs no other code.
-template <class T, int M, int N>
-void multiply(const PackedLinearParams<T>& p, int64_t row, int64_t row_end, int64_t output,
-              int64_t output_end) {
-  constexpr int step = Product<T>::step;
-  Tile<T, M, N> tile;
-  for (int m = 0; m < M; ++m)
-    tile.x[m] = p.x + (row + m < row_end ? row + m : row_end - 1) * p.x_stride;
-  for (int n = 0; n < N; ++n)
-    tile.weight[n] = p.weight + (output + n < output_end ? output + n : output_end - 1) * p.weight_stride;
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-      tile.total[m][n] = Vf{};
-  int64_t k = 0;
-  for (; k + step <= p.inputs; k += step)
-    Tile<T, M, N>::add(tile, k, step);
-  if (k < p.inputs)
-    Tile<T, M, N>::add(tile, k, (int)(p.inputs - k));
-  constexpr int group = N < 4 ? N : 4;
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n += group) {
-    const int64_t left = output_end - output - n;
-    const int count = left < group ? (int)left : group;
-    if (count <= 0)
-      break;
-    const Vf bias = p.bias == nullptr ? Vf{} : load(p.bias + output + n, count);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vf found = sum_each<group>(tile.total[m] + n) + bias;
-      if (row + m < row_end)
-        store(p.y + (row + m) * p.outputs + output + n, found, count);
-    }
-  }
-}
-
-#if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileOutputs = 4; // 24 sums, 4 weights and 1 input in 32 registers
-#else
-constexpr int kTileRows = 4, kTileOutputs = 2; // 8 sums, 2 weights, 1 input and temporaries in 16 registers
-#endif
-constexpr int kStreams = 8; // with one row, outputs side by side hide the latency of memory
-
-template <class T, int M>
-void multiply_rows(const PackedLinearParams<T>& p, int64_t row, int64_t row_end, int64_t output,
-                   int64_t output_end) {
-  constexpr int N = M == 1 ? kStreams : kTileOutputs;
-  for (; output < output_end; output += N)
-    multiply<T, M, N>(p, row, row_end, output, output_end);
-}
-
-// Rows outside, outputs inside: a tile's rows stay in the first-level cache, the block's weights in the
-// second.
-template <class T>
-void multiply_block(const PackedLinearParams<T>& p, int64_t row, int64_t row_end, int64_t output,
-                    int64_t output_end) {
-  for (; row + kTileRows - 1 <= row_end; row += kTileRows) // also with one row missing
-    multiply_rows<T, kTileRows>(p, row, row_end, output, output_end);
-  for (; row + 1 < row_end; row += 2)
-    multiply_rows<T, 2>(p, row, row_end, output, output_end);
-  if (row < row_end)
-    multiply_rows<T, 1>(p, row, row_end, output, output_end);
+  finish(item);
 }
 
 } // namespace
 
-template <class T> void packed_linear(const PackedLinearParams<T>& p, int64_t begin, int64_t end) {
-  const int64_t output_blocks = p.output_blocks();
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t output = item % output_blocks * p.output_block, row = item / output_blocks * p.row_block;
-    const int64_t output_end = output + p.output_block, row_end = row + p.row_block;
-    multiply_block(p, row, row_end < p.rows ? row_end : p.rows, output,
-                   output_end < p.outputs ? output_end : p.outputs);
+template <class T> void linear(const LinearParams<T>& p, int64_t begin, int64_t end) {
+  Scratch scratch;
+  for (int64_t i = begin; i < end; ++i)
+    run(Item<T>{p, scratch, range_of(i / p.groups(), p.row_block, p.rows),
+                range_of(i % p.groups(), p.block_group, p.blocks())});
+}
+
+template <class T> void pack_weight(const PackWeightParams<T>& p, int64_t begin, int64_t end) {
+  alignas(64) float words[kInputChunk * kPanel];
+  for (int64_t i = begin; i < end; ++i) {
+    const Range outputs = range_of(i / p.parts, kPanel, p.outputs);
+    const auto rows = PanelRows<T>::at(p.weight + (i % p.parts * p.outputs + outputs.first) * p.weight_stride,
+                                       p.weight_stride, outputs.count);
+    for (int64_t k = 0; k < p.inputs; k += kInputChunk) {
+      const int count = chunk_at(k, p.inputs);
+      PanelRows<T>::pack(rows, k, count, words);
+      for (int word = 0; word < words_of<T>(count); ++word)
+        for (int o = outputs.count; o < kPanel; ++o)
+          words[word * kPanel + o] = 0.0f;
+      std::memcpy((float*)p.packed + (i * p.words() + k / kPerWord<T>)*kPanel, words,
+                  sizeof(float) * kPanel * words_of<T>(count));
+    }
   }
 }
 
-KVKEYE_INSTANTIATE(packed_linear, PackedLinearParams)
+KVKEYE_INSTANTIATE(linear, LinearParams)
+KVKEYE_INSTANTIATE(pack_weight, PackWeightParams)
 
 } // namespace kvkeye::KVKEYE_ISA

@@ -5,55 +5,185 @@
 #include <algorithm>
 #include <optional>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace kvkeye {
 namespace {
 
-// About half of a second-level cache.
-constexpr int64_t kBlockBytes = 512 * 1024;
+// A weight as it came, or packed: [blocks, parts, words, kPanel, values per word].
+struct Weight {
+  Tensor tensor;
+  bool packed;
+  int64_t outputs, inputs, stride, parts;
+};
 
-Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Argument x_argument{"packed_linear", "x", x}, weight_argument{"packed_linear", "weight", weight};
-  weight_argument.has_dim(2, "[O, K]");
-  weight_argument.has_dtype(x.scalar_type());
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  require(x.dim() >= 1 && x.size(-1) == inputs, "packed_linear: x has shape ", shape_text(x),
-          "; expected [..., ", inputs, "].");
-  Tensor offsets = weight;
-  if (bias.has_value()) {
-    const Argument argument{"packed_linear", "bias", *bias};
-    argument.has_shape({outputs});
-    argument.has_dtype(x.scalar_type());
-    offsets = dense(*bias);
-  }
+// How many values of a dtype make a word of a packed weight.
+int64_t per_word(ScalarType dtype) {
+  return dtype == ScalarType::Float ? 1 : 2;
+}
+
+Weight plain_weight(const char* op, const Tensor& x, const Tensor& weight) {
+  const Argument argument{op, "weight", weight};
+  argument.has_dim(2, "[O, K]");
+  argument.has_dtype(x.scalar_type());
+  const Rows rows = as_rows(argument);
+  require(x.dim() >= 1 && x.size(-1) == rows.dim, op, ": x has shape ", shape_text(x), "; expected [..., ",
+          rows.dim, "].");
+  return {rows.tensor, false, weight.size(0), rows.dim, rows.stride, 1};
+}
+
+Weight packed_weight(const char* op, const Tensor& x, const Tensor& packed, int64_t outputs, int64_t parts) {
+  const Argument argument{op, "packed", packed};
+  argument.has_dim(5, "[blocks, parts, words, 64, values per word]");
+  argument.has_dtype(x.scalar_type());
+  require(x.dim() >= 1, op, ": x is a scalar; expected [..., K].");
+  const int64_t values = per_word(x.scalar_type()), inputs = x.size(-1);
+  argument.has_shape({blocks_of(outputs, kPanel), parts, blocks_of(inputs, values), kPanel, values});
+  return {dense(packed), true, outputs, inputs, 0, parts};
+}
+
+// What follows the product: an op of this family says which of them it has.
+struct Ending {
+  Epilogue epilogue = Epilogue::none;
+  const std::optional<Tensor>* bias = nullptr;
+  const Tensor* residual = nullptr;
+};
+
+// Rows and panels of one item: few rows stream single panels; many share the preparation of their inputs
+// among panels as long as there are items for all threads.
+template <class T> void choose_blocks(LinearParams<T>& params) {
+  constexpr int64_t few = 12, tile = 12, enough = 32;
+  params.row_block = std::max<int64_t>(params.rows, 1);
+  params.block_group = 1;
+  if (params.rows <= few)
+    return;
+  const int64_t even = blocks_of(params.rows, blocks_of(params.rows, LinearParams<T>::kRowBlock));
+  params.row_block = blocks_of(even, tile) * tile;
+  params.block_group = LinearParams<T>::kGroupPanels / params.parts();
+  while (params.block_group > 1 && params.items() < enough)
+    params.block_group /= 2;
+}
+
+Tensor run(const char* op, const Tensor& x, const Weight& weight, const Ending& ending) {
+  const Argument x_argument{op, "x", x};
   std::vector<int64_t> shape = shape_of(x);
-  shape.back() = outputs;
+  shape.back() = weight.outputs;
   const Tensor y = empty(x, shape);
-  const Rows rows = as_rows(x_argument), weights = as_rows(weight_argument);
+  Tensor bias = weight.tensor;
+  const bool has_bias = ending.bias != nullptr && ending.bias->has_value();
+  if (has_bias) {
+    const Argument argument{op, "bias", **ending.bias};
+    argument.has_shape({weight.outputs});
+    argument.has_dtype(x.scalar_type());
+    bias = dense(**ending.bias);
+  }
+  const Rows rows = as_rows(x_argument);
+  Rows residual = rows;
+  if (ending.residual != nullptr) {
+    const Argument argument{op, "residual", *ending.residual};
+    argument.has_shape_of("the result", y);
+    argument.has_dtype(x.scalar_type());
+    residual = as_rows(argument);
+  }
   with_type(x_argument, [&](auto type) {
     using T = decltype(type);
-    const int64_t count = outputs == 0 ? 0 : y.numel() / outputs;
-    const int64_t row_block = kBlockBytes / (int64_t)(sizeof(T) * std::max<int64_t>(inputs, 1)) / 12 * 12;
-    const PackedLinearParams<T> params{read<T>(rows.tensor),
-                                       read<T>(weights.tensor),
-                                       bias.has_value() ? read<T>(offsets) : nullptr,
-                                       write<T>(y),
-                                       count,
-                                       inputs,
-                                       outputs,
-                                       rows.stride,
-                                       weights.stride,
-                                       std::clamp<int64_t>(row_block, 12, 192)};
-    const int64_t cost = params.output_block * inputs * std::min(count, params.row_block);
-    for_items(params.items(), cost,
-              [&](int64_t begin, int64_t end) { cpu::packed_linear(params, begin, end); });
+    LinearParams<T> params{};
+    params.x = read<T>(rows.tensor);
+    params.weight = read<T>(weight.tensor);
+    params.bias = has_bias ? read<T>(bias) : nullptr;
+    params.residual = ending.residual != nullptr ? read<T>(residual.tensor) : nullptr;
+    params.y = write<T>(y);
+    params.rows = weight.outputs == 0 ? 0 : y.numel() / weight.outputs;
+    params.inputs = weight.inputs;
+    params.outputs = weight.outputs;
+    params.x_stride = rows.stride;
+    params.weight_stride = weight.stride;
+    params.residual_stride = residual.stride;
+    params.epilogue = ending.epilogue;
+    params.packed = weight.packed;
+    params.paired = fast_bf16_pairs();
+    choose_blocks(params);
+    const int64_t cost =
+        params.block_group * params.parts() * kPanel * (params.inputs + 1) * params.row_block;
+    for_items(params.items(), cost, [&](int64_t begin, int64_t end) { cpu::linear(params, begin, end); });
   });
   return y;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return run("packed_linear", x, plain_weight("packed_linear", x, weight), {Epilogue::none, &bias, nullptr});
+}
+
+Tensor prepacked_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                        int64_t outputs) {
+  const char* op = "prepacked_linear";
+  return run(op, x, packed_weight(op, x, packed, outputs, 1), {Epilogue::none, &bias, nullptr});
+}
+
+Tensor prepacked_linear_gelu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                             int64_t outputs, bool tanh) {
+  const char* op = "prepacked_linear_gelu";
+  return run(op, x, packed_weight(op, x, packed, outputs, 1),
+             {tanh ? Epilogue::gelu_tanh : Epilogue::gelu, &bias, nullptr});
+}
+
+Tensor prepacked_linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                            const Tensor& residual) {
+  const char* op = "prepacked_linear_add";
+  require(residual.dim() >= 1, op, ": residual is a scalar; expected [..., O].");
+  return run(op, x, packed_weight(op, x, packed, residual.size(-1), 1), {Epilogue::add, &bias, &residual});
+}
+
+Tensor prepacked_linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t outputs) {
+  const char* op = "prepacked_linear_silu_mul";
+  return run(op, x, packed_weight(op, x, packed, outputs, 2), {Epilogue::silu_mul, nullptr, nullptr});
+}
+
+// Weights are read from end to end at every step: large pages spare the table walks. Only advice.
+void advise_large_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t first = ((uintptr_t)tensor.mutable_data_ptr() + page - 1) / page * page;
+  const uintptr_t last =
+      ((uintptr_t)tensor.mutable_data_ptr() + tensor.numel() * tensor.element_size()) / page * page;
+  if (last > first)
+    madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor pack_weight(const Tensor& weight, int64_t parts, int64_t values) {
+  const Argument argument{"pack_weight", "weight", weight};
+  argument.has_dim(2, "[O, K]");
+  const Rows rows = as_rows(argument);
+  require((parts == 1 || parts == 2) && weight.size(0) % parts == 0, "pack_weight: weight has shape ",
+          shape_text(weight), " and parts is ", parts, "; expected 1 or 2 that divides the outputs.");
+  require(values == per_word(weight.scalar_type()), "pack_weight: values is ", values,
+          "; the C++ kernels take words of four bytes.");
+  const int64_t outputs = weight.size(0) / parts;
+  const Tensor packed =
+      empty(weight, {blocks_of(outputs, kPanel), parts, blocks_of(rows.dim, values), kPanel, values});
+  advise_large_pages(packed);
+  with_type(argument, [&](auto type) {
+    using T = decltype(type);
+    const PackWeightParams<T> params{
+        read<T>(rows.tensor), write<T>(packed), rows.dim, outputs, rows.stride, parts};
+    for_items(params.items(), kPanel * (rows.dim + 1),
+              [&](int64_t begin, int64_t end) { cpu::pack_weight(params, begin, end); });
+  });
+  return packed;
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kvkeye_cpu, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("prepacked_linear", TORCH_BOX(&prepacked_linear));
+  m.impl("prepacked_linear_gelu", TORCH_BOX(&prepacked_linear_gelu));
+  m.impl("prepacked_linear_add", TORCH_BOX(&prepacked_linear_add));
+  m.impl("prepacked_linear_silu_mul", TORCH_BOX(&prepacked_linear_silu_mul));
 }
 
 } // namespace kvkeye

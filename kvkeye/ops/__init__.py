@@ -15,7 +15,17 @@ from kvkeye.ops.attention import (
     varlen_attention_backward,
 )
 from kvkeye.ops.kv_cache import append_kv, copy_blocks, qk_norm_mrope_append
-from kvkeye.ops.linear import packed_linear, packed_linear_backward
+from kvkeye.ops.linear import (
+    pack_weight,
+    packed_linear,
+    packed_linear_backward,
+    prepacked_linear,
+    prepacked_linear_add,
+    prepacked_linear_gelu,
+    prepacked_linear_silu_mul,
+    unpack_weight,
+    values_per_word,
+)
 from kvkeye.ops.loss import token_logprobs, token_logprobs_backward
 from kvkeye.ops.norm import (
     add_rms_norm,
@@ -65,9 +75,14 @@ __all__ = [
     "mrope_backward",
     "op",
     "pack_patches",
+    "pack_weight",
     "packed_linear",
     "packed_linear_backward",
     "paged_attention",
+    "prepacked_linear",
+    "prepacked_linear_add",
+    "prepacked_linear_gelu",
+    "prepacked_linear_silu_mul",
     "qk_norm_mrope",
     "qk_norm_mrope_append",
     "qk_norm_mrope_backward",
@@ -81,7 +96,9 @@ __all__ = [
     "silu_mul_backward",
     "token_logprobs",
     "token_logprobs_backward",
+    "unpack_weight",
     "use_backends",
+    "values_per_word",
     "varlen_attention",
     "varlen_attention_backward",
 ]

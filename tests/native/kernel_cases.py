@@ -142,7 +142,24 @@ def loss(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "token_logprobs_backward", (r.fp32(4), logits, targets)
 
 
-FAMILIES = (norm, activation, rope, kv_cache, vision, attention_merge, loss)
+def linear(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    pack, values = ops.pack_weight.reference, ops.values_per_word(r.dtype)
+    for rows, inputs, outputs in ((1, 1, 1), (2, 131, 70), (7, 128, 64), (12, 300, 65), (29, 72, 130), (205, 33, 7)):
+        x, weight, bias = r(rows, inputs + 3)[:, 1 : inputs + 1], r(outputs, inputs), r(outputs)
+        yield "packed_linear", (x, weight, bias)
+        yield "packed_linear", (x, r(inputs, outputs).t(), None)
+        yield "pack_weight", (weight, 1, values)
+        packed, gate_up = pack(weight, 1, values), r(2 * outputs, inputs)
+        yield "prepacked_linear", (x, packed, bias, outputs)
+        yield "prepacked_linear_add", (x, packed, bias, r(outputs, rows).t())
+        for tanh in (True, False):
+            yield "prepacked_linear_gelu", (x, packed, bias, outputs, tanh)
+        yield "pack_weight", (gate_up, 2, values)
+        yield "prepacked_linear_silu_mul", (x, pack(gate_up, 2, values), outputs)
+    yield "prepacked_linear", (r(3, 0), pack(r(5, 0), 1, values), r(5), 5)
+
+
+FAMILIES = (norm, activation, linear, rope, kv_cache, vision, attention_merge, loss)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -59,6 +59,24 @@ def test_linear_row_blocks(dtype: torch.dtype) -> None:
     assert all(same(ops.packed_linear(x[i : i + 1], weight, None), together[i : i + 1]) for i in range(0, 500, 7))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 2), (33, 70), (300, 130), (1024, 64)])
+def test_linear_forms(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """Packed or plain, with its epilogue or as a chain of ops, for one row or many: the same bits."""
+    weight, bias = torch.randn(outputs, inputs).to(dtype) * 0.3, torch.randn(outputs).to(dtype)
+    values = ops.values_per_word(dtype)
+    packed, gate_up = ops.pack_weight(weight, 1, values), ops.pack_weight(weight, 2, values)
+    for rows in (1, 6, 12, 13, 200):
+        x, residual = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+        y = ops.packed_linear(x, weight, bias)
+        assert same(ops.prepacked_linear(x, packed, bias, outputs), y)
+        assert same(ops.prepacked_linear_add(x, packed, bias, residual), residual + y)
+        for tanh in (True, False):
+            assert same(ops.prepacked_linear_gelu(x, packed, bias, outputs, tanh), ops.gelu(y, tanh))
+        both = ops.silu_mul(ops.packed_linear(x, weight, None))
+        assert same(ops.prepacked_linear_silu_mul(x, gate_up, outputs // 2), both)
+
+
 # Attention over a paged cache
 
 
