@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import interpolate
 
 from kvkeye.media.frame import Frame
-from kvkeye.media.resize import FACTOR, as_tensor, client_size
+from kvkeye.media.resize import FACTOR, client_size, resize_frame
 from kvkeye.media.sampling import TOKEN, VideoPolicy
 
 SLOW, FAST = 0, 1
@@ -67,8 +66,7 @@ class FrameTyper:
 
     def _patches(self, frame: Frame) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors of the 28x28 patches [n, 3 * 784] and their lengths [n]."""
-        x = interpolate(as_tensor(frame), size=self.size, mode="bilinear", antialias=True)[0]
-        hsv = torch.from_numpy(to_hsv(x.permute(1, 2, 0).numpy())).float()
+        hsv = torch.from_numpy(to_hsv(resize_frame(frame, self.size, "bilinear"))).float()
         rows, columns = self.size[0] // FACTOR, self.size[1] // FACTOR
         hsv = hsv.view(rows, FACTOR, columns, FACTOR, 3).permute(0, 2, 4, 1, 3).reshape(rows * columns, -1)
         norms = hsv.norm(dim=1) + 1e-8

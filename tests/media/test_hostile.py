@@ -26,7 +26,7 @@ from tests.samples import clip, photo
 
 PREVIEW = MediaSettings("preview", 3136, 1_003_520)
 FAST = MediaSettings("1.5", 3136, 1_003_520, video=VideoPolicy.slow_fast())
-LIMITS = MediaLimits(max_decode_seconds=60.0)
+LIMITS = MediaLimits(max_decode_seconds=600.0)
 WHERE = "messages[0].content[1]"
 
 
@@ -162,7 +162,7 @@ def test_a_worker_that_dies_costs_its_item_only(decoder, blow, name):
 def test_a_worker_that_stalls_is_killed_in_time(decoder):
     start = time.monotonic()
     assert strike(decoder, signal.SIGSTOP).startswith(f"{WHERE}: decoding took longer than 4 s")
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
 
 
 def test_time_is_limited_while_a_worker_decodes(decoder):

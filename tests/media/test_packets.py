@@ -46,7 +46,7 @@ ENCODINGS = {
     "hevc": ("libx265", "mp4", {"x265-params": "keyint=24:open-gop=0:log-level=none:pools=1"}),
     "hevc open": ("libx265", "matroska", {"x265-params": "keyint=24:open-gop=1:log-level=none:pools=1"}),
     "vp8": ("libvpx", "webm", {"g": "24", "deadline": "realtime", "cpu-used": "8"}),
-    "vp9, hidden frames": ("libvpx-vp9", "webm", {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "9", "cpu-used": "8"}),
+    "vp9, hidden frames": ("libvpx-vp9", "webm", {"g": "24", "auto-alt-ref": "1", "lag-in-frames": "9"}),
     "mjpeg": ("mjpeg", "matroska", {}),
     "bikes": None,
     "bigbuckbunny": None,

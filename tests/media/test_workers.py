@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tests.samples import clip, photo
 
 PREVIEW = MediaSettings("preview", 3136, 1_003_520)
 FAST = MediaSettings("1.5", 3136, 1_003_520, video=VideoPolicy.slow_fast())
-LIMITS = MediaLimits()
+LIMITS = MediaLimits(max_decode_seconds=600.0)  # the machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,9 @@ def is_alive(pid):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < end, "waited for 30 s"
+        assert time.monotonic() < end, "waited for 300 s"
         time.sleep(0.02)
 
 
@@ -102,7 +103,7 @@ def test_pictures_are_the_same(decoder, options, tmp_path):
     ],
 )
 def test_clips_are_the_same(decoder, settings, source):
-    for limits in (LIMITS, MediaLimits(max_decoded_bytes=20 << 20)):
+    for limits in (LIMITS, replace(LIMITS, max_decoded_bytes=20 << 20)):
         here, there = (load(d, "video", source(), settings, limits) for d in (None, decoder))
         assert here.frame_types == there.frame_types and here.timestamps == there.timestamps
         assert here.seconds_per_grid == there.seconds_per_grid

@@ -139,6 +139,7 @@ class MediaDecoder:
                     worker = self._idle.pop()
                     if worker.is_running:
                         return worker
+                    worker.kill()
                     self._workers.discard(worker)
                 if len(self._workers) + self._num_starting < self.num_workers:
                     self._num_starting += 1

@@ -24,7 +24,7 @@ _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from kvkeye.media.decode.worker import main; main(int(sys.argv[1]))"
 )
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 SPARE_SECONDS = 1.0  # beyond the limit on decoding: a worker that is well reports the limit itself
 _KEPT = ("LD_LIBRARY_PATH", "PATH")  # of the environment; the rest may hold secrets and is no worker's business
 
