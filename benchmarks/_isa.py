@@ -3,6 +3,9 @@
 On such machines torch's own bf16 `linear` dies with an illegal instruction. A benchmark whose peers multiply bf16
 calls `ensure_bf16()` before it imports torch; that tries one product in a child process and, if the child dies, limits
 oneDNN to the best instruction set that lives.
+
+MKL's own tile kernels do work there, and attention in bf16 runs on them. With `--no-tiles` no library of torch's side
+uses tiles: the comparison as a CPU without them would see it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from pathlib import Path
 
 VARIABLE = "ONEDNN_MAX_CPU_ISA"
 FALLBACKS = ("AVX512_CORE_FP16", "AVX512_CORE_BF16", "AVX2")
+# Without tiles MKL's bf16 product is fastest when it widens to fp32: AVX512_E3, with bf16 dot products, is slower.
+NO_TILES = {VARIABLE: "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E2"}
 _PROBE = "import torch; x = torch.ones(256, 256).bfloat16(); assert (x @ x).sum() > 0"
 
 
@@ -21,6 +26,9 @@ def ensure_bf16() -> str:
     """Sets the variable for this process if it must; returns what is in force ("" for no limit)."""
     if "torch" in sys.modules:
         raise RuntimeError("ensure_bf16: torch is imported already; call it before.")
+    if "--no-tiles" in sys.argv:
+        os.environ |= NO_TILES
+        print(f"no tiles on torch's side: {NO_TILES}", file=sys.stderr)
     if VARIABLE in os.environ or not _announces_tiles():
         return os.environ.get(VARIABLE, "")
     if _works(""):

@@ -103,7 +103,7 @@ def _best(work: Callable[[], float], repeats: int) -> float:
 
 def _rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, name: str) -> float:
     rounds = [1_000_000 if name != "tile_flops" else 200_000] * threads
-    return _best(lambda: sum(pool.map(getattr(library, name), rounds)), 6)
+    return _best(lambda: sum(pool.map(getattr(library, name), rounds)), 12)
 
 
 def _read_rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, size: int) -> float:
@@ -119,7 +119,7 @@ def _read_rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, siz
         list(pool.map(lambda i: library.read_bytes(start + i * part, part), range(threads)))
         return float(part * threads)
 
-    return _best(work, 5)
+    return _best(work, 8)
 
 
 def _torch_product(dtype: torch.dtype) -> float:

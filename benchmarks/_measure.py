@@ -126,7 +126,7 @@ def compare(row: Row, seconds: float) -> Result:
     is_long = max(first) > LONG
     result = Result(row, [[t] if is_long else [] for t in first])
     del outputs
-    fewest = 1 if is_long else 3 if max(first) > LONG / 10 else 5
+    fewest = 5 if max(first) < LONG / 10 else 3 if sum(first) < 4 * LONG else 1
     end = time.perf_counter() + seconds - is_long * sum(first)
     while len(result.times[0]) < fewest or time.perf_counter() + sum(first) < end:
         for call, times in zip(calls, result.times):
@@ -180,6 +180,7 @@ def machine() -> dict[str, Any]:
         "commit": commit.stdout.strip(), "cpu": _cpu_name(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        "mkl_enable_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", ""),
     }  # fmt: skip
 
 
@@ -203,5 +204,6 @@ def parser(description: str | None, rows: Sequence[str], seconds: float) -> argp
     found.add_argument("--seconds", type=float, default=seconds, help="time per row")
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--json", type=Path, help="append the rows to this file")
+    found.add_argument("--no-tiles", action="store_true", help="keep torch's side from AMX tiles (see _isa.py)")
     found.add_argument("--quick", action="store_true", help="tiny shapes: shows that the script works, no figures")
     return found
