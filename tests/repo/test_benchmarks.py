@@ -31,3 +31,15 @@ def test_every_row_of_the_vision_benchmark_agrees_with_its_peers(tmp_path):
     written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(written) == len(rows) and all(row["ms"] > 0 and row["peers_ms"] and row["quick"] for row in written)
     assert "limits with 1 threads" in output
+
+
+@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
+def test_the_engine_benchmark_makes_equal_tokens_on_both_sides_and_its_table_can_be_printed(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    sides = ["--sides", "transformers-fp32", "--rows", "decode_1", "prefill"]
+    output = run(
+        "engine.py", "--quick", "--threads", "1", *sides, "--folder", str(tmp_path / "model"), "--json", str(rows)
+    )
+    assert "tokens equal those of transformers" in output
+    assert len(rows.read_text().splitlines()) == 2
+    assert "| tiny: prompt of 32 tokens |" in run("table.py", str(rows))
