@@ -96,12 +96,16 @@ __device__ void resample_rows(const Column& column, int row, int last, int (&lev
     source[i] = column.pixels + min(row + i, last) * column.row_stride;
     sums[i] = 0;
   }
-#pragma unroll 1 // kTogether loads are in flight; more would spill
+  const int32_t* weights = column.window.weights;
+#pragma unroll 4
   for (int tap = 0; tap < column.window.count; ++tap) {
-    const int weight = weight_of(column.window, tap);
+    const int weight = __ldg(weights);
+    weights += column.window.step;
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      sums[i] += weight * __ldg(source[i] + 3 * tap);
+    for (int i = 0; i < kTogether; ++i) {
+      sums[i] += weight * __ldg(source[i]);
+      source[i] += 3;
+    }
   }
 #pragma unroll
   for (int i = 0; i < kTogether; ++i)

@@ -1,9 +1,9 @@
 // The plan of a pack_patches launch: one piece of host memory, to be copied to the device once per call.
 // Plain C++.
 //
-// Bytes: 104 per picture, 3 KiB of levels, and 4 out (taps + 2) per distinct pair of sizes of an axis: the
-// frames of a clip share theirs. A picture of 1036 x 1036 from one a little smaller takes 58 kB, from twelve
-// times the pixels 210 kB.
+// Bytes: 88 per picture, 3 KiB of levels, and 4 out (taps + 2) per distinct pair of sizes of an axis: the
+// frames of a clip share theirs. One picture made 1036 x 1036 from fewer pixels takes 61 kB, from twelve
+// times as many 144 kB.
 #pragma once
 
 #include "kvkeye/common/blocks.h"

@@ -98,6 +98,17 @@ def test_random_sizes_equal_pillow(cuda_builds: Path, tmp_path: Path) -> None:
     assert torch.equal(found["out"], torch.cat(expected))
 
 
+def test_rows_that_lie_apart(program: Path, tmp_path: Path) -> None:
+    """A crop of a larger picture, in a buffer that ends with the crop's last pixel."""
+    call, truth = call_of([(20, 30, 28, 28)], 1, torch.float32, bilinear=False)
+    whole = torch.zeros(20, 47, 3, dtype=torch.uint8)
+    whole[:, :30] = call.buffers["image0"]
+    numbers = {**call.numbers, "row_stride0": 3 * 47}
+    crop = whole.view(-1)[: 19 * 3 * 47 + 3 * 30]
+    [found] = harness.run(program, 1, [Call(call.name, numbers, {**call.buffers, "image0": crop})], tmp_path / "call")
+    assert torch.equal(found["out"], truth)
+
+
 def test_the_longest_sides(cuda_builds: Path, tmp_path: Path) -> None:
     """Sums of 1859 weights, and 175 chunks of input rows."""
     call, truth = call_of([(20, 13000, 14, 28), (5600, 3, 14, 14)], 0, torch.bfloat16, bilinear=False)
