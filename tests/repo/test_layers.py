@@ -19,7 +19,7 @@ LAYERS = {
     "env": 0, "errors": 0, "utils": 0, "__init__": 0,
 }  # fmt: skip
 PEERS = {("serve", "integrations"), ("engine", "video"), ("engine", "train"), ("video", "train")}
-NO_TORCH = [f"engine/{name}.py" for name in ("request", "block_manager", "prefix_cache", "scheduler")]
+NO_TORCH = [f"engine/{name}.py" for name in ("request", "block_manager", "prefix_cache", "encoder_cache", "scheduler")]
 
 
 def modules() -> list[Path]:
