@@ -114,6 +114,7 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads a checkpoint. ConfigError, WeightError or CapacityError before memory is taken."""
+        from kvkeye.layers import pack_weights
         from kvkeye.models.keye.parsing import OutputParser
         from kvkeye.models.keye.processor import KeyeProcessor
         from kvkeye.models.keye.weights import check_folder, load_model
@@ -124,6 +125,7 @@ class Engine:
         check_weights_fit(report.num_loaded * dtype.itemsize, device)
         processor = KeyeProcessor.from_folder(config.model, media_workers=config.media_workers)
         model = load_model(config.model, dtype, device)
+        pack_weights(model)
         logger.info("%s: %s on %s", config.model, dtype, device)
         engine = cls(config, model, processor, OutputParser)
         processor.max_tokens = engine.max_model_len  # refused before media are decoded, not after

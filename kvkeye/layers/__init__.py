@@ -6,6 +6,7 @@ from kvkeye.layers.embedding import Embedding
 from kvkeye.layers.linear import Linear
 from kvkeye.layers.mlp import GeluMLP, SwiGLU
 from kvkeye.layers.norm import LayerNorm, RMSNorm
+from kvkeye.layers.packed import PackableWeight, pack_weights
 
 __all__ = [
     "Context",
@@ -13,10 +14,12 @@ __all__ = [
     "GeluMLP",
     "LayerNorm",
     "Linear",
+    "PackableWeight",
     "PackedContext",
     "PagedContext",
     "PatchAttention",
     "RMSNorm",
     "SelfAttention",
     "SwiGLU",
+    "pack_weights",
 ]

@@ -85,9 +85,12 @@ class PatchAttention(nn.Module):
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
         self.out_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: PackedContext) -> Tensor:
-        """x [N, d], cos and sin [N, D/2] fp32 -> [N, d]; a patch attends to its own segment."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, context: PackedContext, residual: Tensor | None = None
+    ) -> Tensor:
+        """x [N, d], cos and sin [N, D/2] fp32 -> [N, d], added to `residual`; a patch attends to its own segment."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [N, H, D] each
         q, k = ops.rope_2d(q, cos, sin), ops.rope_2d(k, cos, sin)
         o = ops.varlen_attention(q, k, v, context.cu_seqlens, context.max_seqlen, False, self.softmax_scale)[0]
-        return self.out_proj(o.flatten(1))  # type: ignore[no-any-return]
+        rows = o.flatten(1)
+        return self.out_proj(rows) if residual is None else self.out_proj.add(rows, residual)

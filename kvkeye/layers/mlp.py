@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kvkeye import ops
 from kvkeye.layers.linear import Linear
 
 
@@ -13,11 +12,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False, parts=2)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(self.gate_up_proj.silu_mul(x))  # type: ignore[no-any-return]
 
 
 class GeluMLP(nn.Module):
@@ -29,5 +28,7 @@ class GeluMLP(nn.Module):
         self.fc2 = Linear(intermediate_size, hidden_size)
         self.tanh = tanh
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.gelu(self.fc1(x), self.tanh))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., H] -> [..., H], added to `residual` if there is one."""
+        inner = self.fc1.gelu(x, self.tanh)
+        return self.fc2(inner) if residual is None else self.fc2.add(inner, residual)

@@ -104,7 +104,7 @@ class Trainer:
         initialise(self.model, recipe.seed)
         self.head = PatchHead(self.model.config.vision.hidden_size)
         generator = torch.Generator().manual_seed(recipe.seed + 1)
-        nn.init.trunc_normal_(self.head.linear.weight, std=0.02, generator=generator)
+        nn.init.trunc_normal_(self.head.linear.plain_weight(), std=0.02, generator=generator)
         self.named = [*self.model.named_parameters(), *((f"head.{n}", p) for n, p in self.head.named_parameters())]
         self.updater = Updater(self.named, recipe.optimizer)
         self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kvkeye import ops
 from kvkeye.layers import Context, Embedding, Linear, RMSNorm, SelfAttention, SwiGLU
 from kvkeye.models.keye.config import TextConfig
 
@@ -45,7 +44,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, head=config.tie_word_embeddings)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -63,5 +62,4 @@ class LanguageModel(nn.Module):
         """[T, H] -> [T, V], in the dtype of `hidden`."""
         if self.lm_head is not None:
             return self.lm_head(hidden)  # type: ignore[no-any-return]
-        logits: Tensor = ops.packed_linear(hidden, self.embed_tokens.weight, None)
-        return logits
+        return self.embed_tokens.logits(hidden)

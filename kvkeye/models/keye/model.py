@@ -34,11 +34,11 @@ class KeyeModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language.embed_tokens.weight.dtype
+        return self.language.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.language.embed_tokens.weight.device
+        return self.language.norm.weight.device
 
     def encode_media(self, pixel_values: Tensor, items: Sequence[MediaGrid]) -> Tensor:
         """Embeddings of pictures and clips.
@@ -55,7 +55,7 @@ class KeyeModel(nn.Module):
                 f"{list(expected)}. Pass the rows of exactly these items."
             )
         if not items:
-            return self.language.embed_tokens.weight.new_empty(0, self.config.text.hidden_size)
+            return self.language.norm.weight.new_empty(0, self.config.text.hidden_size)
         return self.projector(self.visual(pixel_values, items), items)  # type: ignore[no-any-return]
 
     def embed(self, token_ids: Tensor, media_embeds: Tensor | None = None, media_rows: Tensor | None = None) -> Tensor:

@@ -34,4 +34,4 @@ class Projector(nn.Module):
             merged = ops.merge_patches(self.pre_norm(features), sizes, self.merge_size)
         else:
             merged = self.pre_norm(ops.merge_patches(features, sizes, self.merge_size))
-        return self.linear_2(ops.gelu(self.linear_1(merged), False))  # type: ignore[no-any-return]
+        return self.linear_2(self.linear_1.gelu(merged, False))  # type: ignore[no-any-return]

@@ -50,8 +50,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: PackedContext) -> Tensor:
         """[N, d] -> [N, d]."""
-        x = x + self.self_attn(self.layer_norm1(x), cos, sin, context)
-        return x + self.mlp(self.layer_norm2(x))  # type: ignore[no-any-return]
+        x = self.self_attn(self.layer_norm1(x), cos, sin, context, x)
+        return self.mlp(self.layer_norm2(x), x)  # type: ignore[no-any-return]
 
 
 class VisionTower(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -48,7 +48,7 @@ class Place:
     start: int = 0
     stop: int | None = None
 
-    def view(self, parameters: dict[str, torch.nn.Parameter]) -> Tensor:
+    def view(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The rows of the parameter that this tensor fills, shaped like the tensor."""
         return parameters[self.parameter].detach()[self.start : self.stop].view(self.shape)
 
@@ -291,7 +291,7 @@ def save_model(model: KeyeModel, folder: str | Path, dtype: torch.dtype | None =
     dtype = dtype or model.dtype
     config = replace(model.config, torch_dtype=_plain(dtype))
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()  # plain weights, whatever form the model computes with
     return save_tensors(folder, {name: place.view(parameters) for name, place in places(config).items()}, dtype)
 
 

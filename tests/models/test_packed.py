@@ -1,0 +1,104 @@
+"""Packed weights: the same bits as plain ones, one copy at a time, and a state dict that never shows the difference."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvkeye import ops
+from kvkeye.layers import Linear, PackableWeight, PackedContext, pack_weights
+from kvkeye.models.keye.model import KeyeModel
+from kvkeye.models.keye.positions import MediaGrid, mrope_positions
+from kvkeye.models.keye.weights import load_model, save_model
+from kvkeye.ops import _library
+from kvkeye.testing.tiny import tiny_keye_config, tiny_keye_model
+
+pytestmark = pytest.mark.skipif(
+    _library.native("cpp").path is None, reason=f"no C++ library: {_library.native('cpp').reason}"
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def tied_model(dtype: torch.dtype) -> KeyeModel:
+    torch.manual_seed(3)
+    return KeyeModel(tiny_keye_config(tie_word_embeddings=True)).to(dtype).eval()
+
+
+@torch.no_grad()
+def results(model: KeyeModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(48, 588, generator=generator).to(model.dtype)
+    ids = torch.randint(0, 256, (30,), generator=generator)
+    embeds = model.embed(ids)
+    hidden = model(embeds, mrope_positions(30, [])[0], PackedContext.from_lengths([30]))
+    return [model.encode_media(pixels, [MediaGrid("image", (1, 8, 6))]), embeds, model.logits(hidden)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_same_bits(dtype: torch.dtype, tied: bool) -> None:
+    model = tied_model(dtype) if tied else tiny_keye_model(dtype=dtype)
+    with ops.use_backends("cpp"):
+        plain = results(model)
+        assert pack_weights(model) == 20  # tower 1 + 2 * 4, projector 2, decoder 2 * 4, head 1
+        assert all(torch.equal(a, b) for a, b in zip(results(model), plain, strict=True))
+
+
+def test_one_copy_at_a_time() -> None:
+    model = tiny_keye_model()
+    before = sum(p.numel() for p in model.parameters())
+    pack_weights(model)
+    plain = sum(p.numel() for p in model.parameters())
+    packed = sum(b.numel() for b in model.buffers())
+    assert plain < before / 4 and plain + packed < before * 1.2  # panels are filled up to 64 outputs
+    assert pack_weights(model) == 0
+    for module in model.modules():
+        if isinstance(module, PackableWeight):
+            module.unpack()
+    assert sum(p.numel() for p in model.parameters()) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_dict_is_plain(dtype: torch.dtype, tmp_path) -> None:
+    model = tiny_keye_model(dtype=dtype)
+    expected = copy.deepcopy(model.state_dict())
+    pack_weights(model)
+    found = model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_changed_weight_is_packed_again() -> None:
+    model, other = tiny_keye_model(seed=1), tiny_keye_model(seed=2)
+    with ops.use_backends("cpp"):
+        pack_weights(model)
+        model.load_state_dict(other.state_dict())
+        assert model.language.layers[0].mlp.down_proj.weight is None
+        assert all(torch.equal(a, b) for a, b in zip(results(model), results(other), strict=True))
+
+
+def test_a_moved_module_is_plain_again() -> None:
+    layer = Linear(40, 70)
+    weight = layer.weight.detach().clone()
+    layer.pack()
+    assert layer.weight is None and torch.equal(layer.plain_weight(), weight)
+    layer.to(torch.bfloat16)
+    assert layer.packed is None and torch.equal(layer.weight, weight.bfloat16())
+
+
+def test_packed_weights_do_not_learn() -> None:
+    layer = Linear(8, 8)
+    layer.pack()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        layer(torch.randn(2, 8, requires_grad=True))
+
+
+def test_other_backends_keep_plain_weights() -> None:
+    model = tiny_keye_model()
+    with ops.use_backends("eager"):
+        assert pack_weights(model) == 0
