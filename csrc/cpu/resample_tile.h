@@ -11,6 +11,7 @@ namespace {
 struct TileColumns {
   const ResampleAxis* axis;
   int64_t cells;
+  int64_t row_stride;                    // input bytes from row to row
   int64_t low, reach;                    // input bytes [low, reach) of a row may be read
   int32_t offset[kTileColumns];          // of the first tap, in bytes from the start of a row
   int32_t column[kTileColumns];          // output column

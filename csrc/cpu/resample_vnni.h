@@ -95,21 +95,23 @@ KVKEYE_INLINE __m512i permute(__m512i order, __m512i bytes) {
   return _mm512_maskz_permutexvar_epi8(~(__mmask64)0, order, bytes);
 }
 
-// Four taps of sixteen samples.
-KVKEYE_INLINE __m512i taps_of(const uint8_t* row, const TapBlock& block) {
-  const __m512i index = load_bytes(block.index);
-  __m512i taps = permute(index, load_bytes(row + block.offset));
-  for (int32_t piece = 1; piece < block.pieces; ++piece)
-    taps = _mm512_mask_permutexvar_epi8(taps, block.mask[piece], index,
-                                        load_bytes(row + block.offset + 64 * piece));
-  return taps;
-}
-
 KVKEYE_INLINE Vi dot(Vi sum, __m512i levels, __m512i weights) {
   return (Vi)_mm512_dpbusd_epi32((__m512i)sum, levels, weights);
 }
 
-// The sums of sixteen samples of each row.
+// Four taps of sixteen samples, for each row.
+template <int kRows>
+KVKEYE_INLINE void gather_taps(const TapBlock& block, const uint8_t* const* rows, __m512i* taps) {
+  const __m512i index = load_bytes(block.index);
+  for (int r = 0; r < kRows; ++r)
+    taps[r] = permute(index, load_bytes(rows[r] + block.offset));
+  for (int32_t piece = 1; piece < block.pieces; ++piece)
+    for (int r = 0; r < kRows; ++r)
+      taps[r] = _mm512_mask_permutexvar_epi8(taps[r], block.mask[piece], index,
+                                             load_bytes(rows[r] + block.offset + 64 * piece));
+}
+
+// The sums of sixteen samples, for each row.
 template <int kRows>
 KVKEYE_INLINE void horizontal_sums(const TapBlock* block, const TapBlock* end, Vi half,
                                    const uint8_t* const* rows, Vi* sums) {
@@ -119,11 +121,12 @@ KVKEYE_INLINE void horizontal_sums(const TapBlock* block, const TapBlock* end, V
     middle[r] = low[r] = Vi{};
   }
   do {
+    __m512i taps[kRows];
+    gather_taps<kRows>(*block, rows, taps);
     for (int r = 0; r < kRows; ++r) {
-      const __m512i taps = taps_of(rows[r], *block);
-      sums[r] = dot(sums[r], taps, load_bytes(block->weights[0]));
-      middle[r] = dot(middle[r], taps, load_bytes(block->weights[1]));
-      low[r] = dot(low[r], taps, load_bytes(block->weights[2]));
+      sums[r] = dot(sums[r], taps[r], load_bytes(block->weights[0]));
+      middle[r] = dot(middle[r], taps[r], load_bytes(block->weights[1]));
+      low[r] = dot(low[r], taps[r], load_bytes(block->weights[2]));
     }
   } while (++block != end);
   for (int r = 0; r < kRows; ++r)
@@ -175,6 +178,8 @@ KVKEYE_INLINE void horizontal_rows(const TileColumns& tile, const uint8_t* const
   const Vi half = half_unit(*tile.axis), shift = Vi{} + (tile.axis->precision + lift_of(*tile.axis));
   for (int64_t cell = 0; cell < tile.cells; ++cell) {
     const int32_t* first = tile.first_block + cell * kCellVectors;
+    for (int r = 0; r < kRows; ++r)
+      __builtin_prefetch(rows[r] + tile.offset[cell * kCellColumns] + kRowsTogether * tile.row_stride);
     Vi a[kRows], b[kRows], c[kRows];
     horizontal_sums<kRows>(tile.blocks + first[0], tile.blocks + first[1], half, rows, a);
     horizontal_sums<kRows>(tile.blocks + first[1], tile.blocks + first[2], half, rows, b);
@@ -184,15 +189,15 @@ KVKEYE_INLINE void horizontal_rows(const TileColumns& tile, const uint8_t* const
   }
 }
 
-// Resamples one or two rows.
+// Resamples `count` rows into as many lines.
 KVKEYE_INLINE void horizontal_lines(const TileColumns& tile, const uint8_t* const* rows,
                                     uint8_t* const* lines, int64_t count) {
   if (tile.far)
-    portable::horizontal_lines(tile, rows, lines, count);
-  else if (count == kRowsTogether)
-    horizontal_rows<kRowsTogether>(tile, rows, lines);
-  else
-    horizontal_rows<1>(tile, rows, lines);
+    return portable::horizontal_lines(tile, rows, lines, count);
+  if (count == kRowsTogether)
+    return horizontal_rows<kRowsTogether>(tile, rows, lines);
+  for (int64_t i = 0; i < count; ++i)
+    horizontal_rows<1>(tile, rows + i, lines + i);
 }
 
 // The row as it is.

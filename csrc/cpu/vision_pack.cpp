@@ -39,6 +39,7 @@ KVKEYE_INLINE void prepare(Walk& walk, int64_t tile_index) {
   TileColumns& tile = walk.tile;
   tile.axis = &image.columns;
   tile.cells = smaller(kTileCells, all - walk.first_cell);
+  tile.row_stride = image.row_stride;
   tile.low = 3 * image.width;
   tile.reach = 0;
   for (int64_t lane = 0; lane < tile.cells * kCellColumns; ++lane) {
@@ -150,10 +151,10 @@ KVKEYE_INLINE void store_rounded(bf16* target, Vf value, int count) {
 
 // Levels to values by fma; the binding found that this equals the table.
 template <class T>
-KVKEYE_INLINE void store_affine(const uint8_t* levels, int64_t count, float scale, float shift, T* target) {
+KVKEYE_INLINE void store_affine(const uint8_t* levels, int64_t count, Vf scale, Vf shift, T* target) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vf level = __builtin_convertvector(load_levels(levels + i), Vf);
-    store_rounded(target + i, fma(level, splat(scale), splat(shift)), (int)smaller(kLanes, count - i));
+    store_rounded(target + i, fma(level, scale, shift), (int)smaller(kLanes, count - i));
   }
 }
 
@@ -177,15 +178,18 @@ KVKEYE_INLINE void store_table(const uint8_t* levels, int64_t count, const float
   }
 }
 
-// One channel of one cell: `band` lines of levels to rows of a patch.
+// One channel of one cell: lines of levels to the rows of a patch.
 template <class T>
-KVKEYE_INLINE void store_channel(const PackPatchesParams<T>& p, int64_t channel, const Cell& cell,
-                                 int64_t patch, const uint8_t* levels, T* target) {
-  for (int64_t row = 0; row < patch; ++row, levels += kLineBytes, target += patch)
-    if (kFusedMultiplyAdd && p.affine)
-      store_affine(levels, cell.width, p.scale[channel], p.shift[channel], target);
-    else
-      store_table(levels, cell.width, p.levels + channel * 256, target);
+KVKEYE_INLINE void store_channel(const PackPatchesParams<T>& p, int64_t channel, int64_t width, int64_t patch,
+                                 const uint8_t* levels, T* target) {
+  const Vf scale = splat(p.scale[channel]), shift = splat(p.shift[channel]);
+  const float* table = p.levels + channel * 256;
+  if (kFusedMultiplyAdd && p.affine)
+    for (int64_t row = 0; row < patch; ++row)
+      store_affine(levels + row * kLineBytes, width, scale, shift, target + row * patch);
+  else
+    for (int64_t row = 0; row < patch; ++row)
+      store_table(levels + row * kLineBytes, width, table, target + row * patch);
 }
 
 // A band of lines to the tile's cells of a row of patches.
@@ -197,7 +201,7 @@ KVKEYE_INLINE void store_patches(const PackPatchesParams<T>& p, const Walk& walk
   for (int64_t i = 0; i < walk.tile.cells; ++i) {
     const Cell cell = cell_at(walk.image, walk.first_cell + i);
     for (int64_t channel = 0; channel < 3; ++channel)
-      store_channel(p, channel, cell, patch, lines + channel * kTileColumns + i * kCellColumns,
+      store_channel(p, channel, cell.width, patch, lines + channel * kTileColumns + i * kCellColumns,
                     band + (cell.patch * 3 + channel) * area + cell.first);
   }
 }

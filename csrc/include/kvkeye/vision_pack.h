@@ -85,9 +85,9 @@ constexpr int64_t whole_lines(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-// Lines held for the vertical pass: those of one output row, and one that is read ahead.
+// Lines held for the vertical pass: those of one output row, and what is read ahead.
 constexpr int64_t ring_lines(const PackImage& image) {
-  return image.rows.taps > 0 ? image.rows.taps + 1 : 0;
+  return image.rows.taps > 0 ? image.rows.taps + kRowsTogether - 1 : 0;
 }
 
 constexpr int64_t padded_row(const PackImage& image) {
