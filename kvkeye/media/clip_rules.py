@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,7 +122,7 @@ def load_slow_fast_clip(clip: Clip, job: Job) -> LoadedMedia:
     sampled = sample_slow_fast(clip.num_frames, fps, options, policy, job.limits.max_frames, job.where)
     typer = FrameTyper(*size, policy, options.min_frame_similarity)
     keep = len(sampled.indices) * size[0] * size[1] * 3 <= job.limits.max_decoded_bytes
-    kept: list[Frame] = []
+    kept: deque[Frame] = deque()
     types: list[int] = []
     for frame in map(prepare, clip.frames(sampled.indices)):
         types.append(typer.type(frame))
@@ -138,10 +139,21 @@ def load_slow_fast_clip(clip: Clip, job: Job) -> LoadedMedia:
         tokens = fitted
     job.check_tokens(tokens)
     # Frames too large to keep are decoded a second time, and only their resized copies are held.
-    frames: Iterable[Frame] = kept if keep else map(prepare, clip.frames(sampled.indices))
-    groups = tuple(resize_frame(frame, sizes[kind], "bilinear")[None] for frame, kind in zip(frames, types))
+    frames = _drain(kept) if keep else map(prepare, clip.frames(sampled.indices))
+    groups = tuple(_owned(resize_frame(frame, sizes[kind], "bilinear"), frame) for frame, kind in zip(frames, types))
     stamps = None if clip.fps is None else _timestamps(sampled.indices, clip.fps)
     return LoadedMedia("video", groups, timestamps=stamps, frame_types=tuple(types))
+
+
+def _drain(kept: deque[Frame]) -> Iterator[Frame]:
+    """Lets go of each frame once the next one is asked for."""
+    while kept:
+        yield kept.popleft()
+
+
+def _owned(resized: Frame, frame: Frame) -> Frame:
+    """[1, H, W, 3]; a frame that needed no resizing is copied, because a decoder may write over it."""
+    return (resized.copy() if resized is frame else resized)[None]
 
 
 def _first_look(clip: Clip, job: Job) -> tuple[tuple[int, int], Callable[[Frame], Frame]]:

@@ -18,7 +18,7 @@ from kvkeye.media.limits import MediaLimits
 from tests.media.movies import claim_length, greys, hide_frames, turn_right, write_movie
 from tests.samples import clip
 
-LIMITS = MediaLimits()
+LIMITS = MediaLimits(max_decode_seconds=600.0)  # the machine may be busy
 
 
 def open_movie(data, limits=LIMITS):
