@@ -16,9 +16,6 @@ constexpr int kGroupVectors = 2, kSteps = 4; // 8 sums, 2 vectors and 1 step in 
 #endif
 constexpr int kGroup = kGroupVectors * kLanes; // rows whose scores are at work together
 
-// Functions of their own: inlined together, they would run out of address registers in the inner loops.
-#define KVKEYE_APART __attribute__((noinline))
-
 // c[m, lanes] = start + sum_k a[k, m] b[k, lanes] for M rows of N vectors; start: 0, or c * keep[lanes].
 template <int M, int N, bool kKeep>
 KVKEYE_APART void lane_block(const float* a, int64_t a_row, const float* b, float* c, int64_t depth,

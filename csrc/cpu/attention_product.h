@@ -7,6 +7,9 @@
 #include "kvkeye/attention.h"
 #include "kvkeye/common/simd.h"
 
+// Functions of their own: inlined together, inner loops run out of address registers.
+#define KVKEYE_APART __attribute__((noinline))
+
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
@@ -122,11 +125,49 @@ void multiply(Factor a, const float* b, int64_t b_row, float* c, int64_t c_row, 
 
 // Tiles.
 
-KVKEYE_INLINE void interleave(Vf a, Vf b, Vf& low, Vf& high) {
 #if defined(__AVX512F__)
-  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
+template <int kPick> KVKEYE_INLINE Vf pick_quarters(Vf a, Vf b) {
+  return (Vf)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, kPick);
+}
+
+KVKEYE_INLINE Vf low_pairs(Vf a, Vf b) {
+  return (Vf)_mm512_maskz_unpacklo_pd(0xff, (__m512d)a, (__m512d)b);
+}
+
+KVKEYE_INLINE Vf high_pairs(Vf a, Vf b) {
+  return (Vf)_mm512_maskz_unpackhi_pd(0xff, (__m512d)a, (__m512d)b);
+}
+
+// Four by four inside each quarter of the vectors, then the quarters.
+KVKEYE_INLINE void transpose(Vf (&rows)[kLanes]) {
+  Vf part[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m512 a = (__m512)rows[i], b = (__m512)rows[i + 1], c = (__m512)rows[i + 2],
+                 d = (__m512)rows[i + 3];
+    const Vf low = (Vf)_mm512_maskz_unpacklo_ps(0xffff, a, b),
+             high = (Vf)_mm512_maskz_unpackhi_ps(0xffff, a, b);
+    const Vf low_next = (Vf)_mm512_maskz_unpacklo_ps(0xffff, c, d);
+    const Vf high_next = (Vf)_mm512_maskz_unpackhi_ps(0xffff, c, d);
+    part[i] = low_pairs(low, low_next);
+    part[i + 1] = high_pairs(low, low_next);
+    part[i + 2] = low_pairs(high, high_next);
+    part[i + 3] = high_pairs(high, high_next);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vf a = pick_quarters<0x44>(part[i], part[i + 4]), b = pick_quarters<0xee>(part[i], part[i + 4]);
+    const Vf c = pick_quarters<0x44>(part[i + 8], part[i + 12]),
+             d = pick_quarters<0xee>(part[i + 8], part[i + 12]);
+    rows[i] = pick_quarters<0x88>(a, c);
+    rows[i + 4] = pick_quarters<0xdd>(a, c);
+    rows[i + 8] = pick_quarters<0x88>(b, d);
+    rows[i + 12] = pick_quarters<0xdd>(b, d);
+  }
+}
+#else
+KVKEYE_INLINE void interleave(Vf a, Vf b, Vf& low, Vf& high) {
+#if defined(__AVX2__)
   low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
   high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
@@ -148,6 +189,7 @@ KVKEYE_INLINE void transpose(Vf (&rows)[kLanes]) {
       rows[i] = next[i];
   }
 }
+#endif
 
 // target[d, j] = rows[j][d], target [dim, kTile]; columns from count to the next whole vector are zero.
 template <class T> void load_transposed(const T* const* rows, int count, int64_t dim, float* target) {

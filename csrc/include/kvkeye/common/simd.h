@@ -44,7 +44,11 @@ KVKEYE_INLINE Vf splat(float value) {
 }
 
 KVKEYE_INLINE Vf widen(Vh bits) {
+#if defined(__AVX512F__) // the compiler would go by way of two halves
+  return (Vf)((Vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
   return (Vf)(__builtin_convertvector(bits, Vu) << 16);
+#endif
 }
 
 // Round to nearest, ties to even; a NaN stays a quiet NaN.
