@@ -55,9 +55,9 @@ BACKENDS = Variable(
 )
 CPU_ISA = Variable(
     "KVKEYE_CPU_ISA",
-    one_of("generic", "avx2", "avx512"),
+    one_of("generic", "avx2", "avx512", "amx"),
     "",
-    "forces one instruction set of the C++ kernels: generic, avx2 or avx512",
+    "forces one instruction set of the C++ kernels: generic, avx2, avx512 or amx",
 )
 LOG = Variable("KVKEYE_LOG", one_of("ops", "info", "debug"), "", "logging level; 'ops' shows the first choice per op")
 

@@ -32,7 +32,7 @@ def test_facts_of_this_machine(doctor):
     reason = _library.native("cpp").reason
     assert (found["C++ kernels"]["status"] == "PASS") == (reason is None)
     if reason is None:
-        assert found["C++ kernels"]["value"].split()[0] in ("generic", "avx2", "avx512")
+        assert found["C++ kernels"]["value"].split()[0] in ("generic", "avx2", "avx512", "amx")
         assert "cpp" in found["kernels run"]["value"]
 
 

@@ -15,7 +15,7 @@ from kvkeye import ops
 from kvkeye.ops import _library
 
 ROOT = Path(__file__).resolve().parents[2]
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "amx")
 
 pytestmark = pytest.mark.skipif(
     _library.native("cpp").path is None, reason=f"no C++ library: {_library.native('cpp').reason}"
@@ -49,7 +49,7 @@ def test_unknown_instruction_set_is_refused_by_name(isa: str) -> None:
     result = run(ASK, isa)
     assert result.returncode != 0
     assert f"KVKEYE_CPU_ISA='{isa}'" in result.stderr
-    assert "generic, avx2, avx512" in result.stderr
+    assert "generic, avx2, avx512, amx" in result.stderr
 
 
 def threaded_calls() -> list[torch.Tensor]:

@@ -296,7 +296,7 @@ def test_threads() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
 def test_on_every_instruction_set(isa: str) -> None:
     if os.environ.get("KVKEYE_CPU_ISA"):
         pytest.skip("KVKEYE_CPU_ISA is set: this run is about that instruction set only")

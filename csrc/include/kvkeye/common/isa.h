@@ -3,11 +3,12 @@
 
 namespace kvkeye {
 
-enum class Isa { generic, avx2, avx512 };
+// amx is avx512 and tiles: kernels that have no use for tiles run their avx512 build.
+enum class Isa { generic, avx2, avx512, amx };
 
 struct IsaChoice {
   Isa isa;
-  const char* name;  // "generic", "avx2" or "avx512"
+  const char* name;  // "generic", "avx2", "avx512" or "amx"
   const char* error; // null, or why no choice could be made (a bad or unsupported KVKEYE_CPU_ISA)
 };
 

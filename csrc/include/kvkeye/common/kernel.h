@@ -14,6 +14,7 @@
 #if defined(__x86_64__)
 #define KVKEYE_FORWARD(name)                                                                                 \
   switch (active_isa().isa) {                                                                                \
+  case Isa::amx:                                                                                             \
   case Isa::avx512:                                                                                          \
     return avx512::name(params, begin, end);                                                                 \
   case Isa::avx2:                                                                                            \
