@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 
@@ -82,15 +83,18 @@ class AsyncEngine:
     # Life
 
     async def start(self) -> None:
-        """Loads the checkpoint off the event loop and starts the thread."""
+        """Starts the thread, which loads the checkpoint."""
         if self._thread is not None:
             return
-        if self._engine is None and self._config is not None:
-            self._engine = await asyncio.to_thread(Engine.from_config, self._config)
-        if self._engine is not None:
-            self._queue = self._engine.prepare_queue()
-        self._thread = threading.Thread(target=self._loop, name="kvkeye-engine", daemon=True)
+        started: Future[None] = Future()
+        started.set_running_or_notify_cancel()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="kvkeye-engine", daemon=True)
         self._thread.start()
+        try:
+            await asyncio.wrap_future(started)
+        except Exception:
+            self._thread = None
+            raise
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Admits no more and waits for what runs; False if `timeout` seconds were not enough."""
@@ -220,8 +224,21 @@ class AsyncEngine:
         if output is not None and mailbox is not None:
             mailbox.put(output)
 
-    def _loop(self) -> None:
-        engine, _ = self._live()
+    def _run(self, started: Future[None]) -> None:
+        # Loading belongs to this thread as well: each thread that once computed keeps a team of OpenMP threads, and
+        # where teams together outnumber the cores, those of all become slow to wake. Measured: steps of 5 ms take 15.
+        try:
+            engine = self._engine if self._config is None else Engine.from_config(self._config)
+            if engine is None:
+                raise RequestError("AsyncEngine: it was closed. Build a new one.")
+            self._engine, self._queue = engine, engine.prepare_queue()
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        self._loop(engine)
+
+    def _loop(self, engine: Engine) -> None:
         try:
             while not self._is_closing:
                 self._obey(engine)

@@ -2,7 +2,8 @@
 
 Knows ranks, bytes and a function that prepares; must not know engines. Jobs begin in the order of (priority, arrival).
 They pause while the pixels that wait for their first step take more than a limit; only what is being prepared at that
-moment comes on top of it.
+moment comes on top of it. Each thread uses one core: two items side by side instead of one faster, and the threads that
+run the steps keep theirs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from kvkeye.engine.prepare import Prepared
 
@@ -69,9 +72,7 @@ class PrepareQueue:
             self._num_submitted += 1
             insort(self._jobs, job, key=lambda other: other.rank)
             if self._num_idle < len(self._jobs) and len(self._threads) < self._max_threads:
-                name = f"kvkeye-prepare-{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
-                self._threads[-1].start()
+                self._threads.append(_start(self._work, f"kvkeye-prepare-{len(self._threads)}"))
             self._news.notify()
         return job
 
@@ -115,6 +116,28 @@ class PrepareQueue:
             self.num_waiting_bytes += num_bytes
             if num_bytes < 0:
                 self._news.notify_all()
+
+
+def _start(work: Callable[[], None], name: str) -> threading.Thread:
+    """Starts a thread that computes alone, without a team of OpenMP threads of its own.
+
+    Idle teams slow down those of other threads (see AsyncEngine). torch keeps the number per thread, but new threads
+    begin with the last one set, so it is set back here.
+    """
+    is_alone = threading.Event()
+
+    def run() -> None:
+        torch.get_num_threads()  # takes over the last number set; done later, it would undo the next line
+        torch.set_num_threads(1)
+        is_alone.set()
+        work()
+
+    num_threads = torch.get_num_threads()
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    is_alone.wait()
+    torch.set_num_threads(num_threads)
+    return thread
 
 
 class Lease:

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from kvkeye.engine import LLM, AsyncEngine, SamplingParams
-from kvkeye.errors import CapacityError, KvkeyeError, RequestError
+from kvkeye.engine import LLM, AsyncEngine, EngineConfig, SamplingParams
+from kvkeye.errors import CapacityError, ConfigError, KvkeyeError, RequestError
 from tests.engine.tiny import engine, greedy
 
 
@@ -200,6 +200,17 @@ def test_a_dead_thread_is_reported_to_everybody():
         assert not served.is_healthy
         with pytest.raises(KvkeyeError, match="thread stopped"):
             await last(served.generate("b", greedy(3)))
+        await served.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_reported_by_start(tmp_path):
+    async def main():
+        served = AsyncEngine(EngineConfig(model=str(tmp_path / "nowhere")))
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="nowhere"):
+                await served.start()
         await served.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))

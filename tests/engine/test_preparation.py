@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from kvkeye.engine import LLM, AsyncEngine, SamplingParams
 from kvkeye.engine.prepare import Prepared, has_media
@@ -165,6 +166,20 @@ def test_errors_reach_who_waits_and_the_thread_goes_on():
         with pytest.raises(MediaError, match="broken"):
             bad.future.result(PATIENCE)
         assert isinstance(good.future.result(PATIENCE), Prepared)
+
+
+def test_preparation_takes_one_core_and_leaves_the_others_alone():
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        with queue_of(lambda name, mode: found.append(torch.get_num_threads()) or pixels()) as queue:
+            queue.submit("x", None, 0, queue.lease()).future.result(PATIENCE)
+            later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            later.start()
+            later.join()
+            assert [*found, torch.get_num_threads()] == [1, 2, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_only_media_are_worth_a_thread():
