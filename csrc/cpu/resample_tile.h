@@ -16,6 +16,8 @@ struct TileColumns {
   int32_t offset[kTileColumns];          // of the first tap, in bytes from the start of a row
   int32_t column[kTileColumns];          // output column
   bool far;                              // with AVX-512: the columns lie too far apart for the blocks
+  TapPairs* pairs;                       // with AVX2: the weights, column after column
+  int64_t groups;                        // with as many of them for each
   TapBlock* blocks;                      // with AVX-512: the weights in the order of their use,
   int32_t first_block[kTileVectors + 1]; // those of vector v are [first_block[v], first_block[v + 1])
 };

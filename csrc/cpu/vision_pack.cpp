@@ -54,6 +54,7 @@ KVKEYE_INLINE void prepare(Walk& walk, int64_t tile_index) {
                                                                      : tile.reach;
   }
   tile.blocks = (TapBlock*)(walk.scratch + walk.at.blocks);
+  tile.pairs = (TapPairs*)(walk.scratch + walk.at.blocks);
   if (resized)
     passes::prepare_weights(tile);
 }

@@ -34,6 +34,16 @@ struct TapBlock {
   uint8_t weights[kDigits][64];
 };
 
+// The AVX2 build's form: four taps of one column, upper and lower part, (taps 0 and 1, taps 2 and 3) per
+// channel.
+struct TapPairs {
+  int16_t high[16], low[16];
+};
+
+// Memory for the weights of a tile, per group of taps.
+static constexpr int64_t kTapBytes = kTileColumns * (int64_t)sizeof(TapPairs);
+static_assert(kTileVectors * (int64_t)sizeof(TapBlock) <= kTapBytes, "both forms fit");
+
 // One picture and its way to the target size. An axis without a resize has taps = 0.
 struct PackImage {
   const uint8_t* pixels; // [height, width, 3], rows row_stride bytes apart
@@ -99,7 +109,7 @@ constexpr PackScratch pack_scratch(const PackImage& image) {
   const int64_t groups = groups_of_taps(image.rows.taps);
   at.ring = at.band + kLineBytes * image.band;
   at.blocks = at.ring + kLineBytes * ring_lines(image);
-  at.padded = at.blocks + kTileVectors * groups_of_taps(image.columns.taps) * (int64_t)sizeof(TapBlock);
+  at.padded = at.blocks + kTapBytes * groups_of_taps(image.columns.taps);
   at.words = at.padded + kRowsTogether * padded_row(image);
   at.lines = at.words + whole_lines(groups * kDigits * 4);
   at.bytes = at.lines + whole_lines(groups * kGroupTaps * (int64_t)sizeof(uint8_t*));
