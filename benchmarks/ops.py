@@ -33,6 +33,26 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Any, __: int, cau
     return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale)
 
 
+def torch_resize(image: torch.Tensor, rows: int, columns: int, bilinear: bool) -> torch.Tensor:
+    """uint8 [H, W, 3] to planes [3, rows, columns]."""
+    mode = "bilinear" if bilinear else "bicubic"
+    return F.interpolate(image.permute(2, 0, 1)[None], size=(rows, columns), mode=mode, antialias=True)[0]
+
+
+def torch_patches(
+    images: list[torch.Tensor], sizes: list[int], mean: Any, std: Any, bilinear: bool, patch: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """uint8 interpolation, patches, normalisation."""
+    packed = []
+    for i, image in enumerate(images):
+        planes = torch_resize(image, sizes[2 * i], sizes[2 * i + 1], bilinear)
+        grid = planes.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).permute(1, 3, 0, 2, 4)
+        packed.append(grid.reshape(-1, 3, patch**2).float())
+    rows = torch.cat(packed) if len(packed) > 1 else packed[0]
+    shift, scale = torch.tensor(mean)[:, None], torch.tensor(std)[:, None]
+    return rows.div_(255).sub_(shift).div_(scale).flatten(1).to(dtype)
+
+
 #: What PyTorch offers for the same row; ops without an entry are compared with their own eager reference.
 PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "rms_norm": ("torch.rms_norm", lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)),
@@ -41,6 +61,8 @@ PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "silu_mul": ("torch.silu * up", lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]),
     "packed_linear": ("torch.linear", F.linear),
     "varlen_attention": ("torch SDPA", sdpa),
+    "pack_patches": ("torch uint8 interpolate", torch_patches),
+    "resize_image": ("torch uint8 interpolate", torch_resize),
     "token_logprobs": ("torch.cross_entropy", lambda x, t: -F.cross_entropy(x.float(), t, reduction="none")),
 }
 

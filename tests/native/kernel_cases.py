@@ -110,6 +110,9 @@ def kv_cache(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def vision(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    images = [torch.randint(0, 256, size, generator=r.generator).to(torch.uint8) for size in ((40, 90, 3), (9, 5, 3))]
+    for bilinear in (False, True):
+        yield "pack_patches", (images, [28, 70, 42, 14], [0.5] * 3, [0.25] * 3, bilinear, 14, r.dtype)
     for side, dim in ((1, 3), (4, 72), (7, 130)):
         table = r(side, side, dim)
         yield "interpolate_position", (table, GRIDS)
