@@ -20,6 +20,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -207,7 +208,9 @@ def main() -> None:
             model=str(write_tiny_checkpoint(folder)), max_num_encoder_patches=given.patches,
             max_num_batched_tokens=given.batched_tokens, enable_prefix_cache=False, encoder_cache_memory=0,
         )  # fmt: skip
-        watched = Watched(config)
+        # A thread that ends: its team of OpenMP threads would slow down that of the engine's thread.
+        with ThreadPoolExecutor(1) as builder:
+            watched = builder.submit(Watched, config).result()
     settings = {"tokens": given.tokens, "patches": given.patches, "batched_tokens": given.batched_tokens}
     about = machine() | {"quick": given.quick} | settings
     print(about)
