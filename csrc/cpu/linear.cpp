@@ -18,6 +18,7 @@ template <class T> constexpr int words_of(int count) {
 }
 
 constexpr int kFewRows = 2 * kTileRows; // one tile
+constexpr int kAhead = 32;              // words between what a stream reads and what it asks for
 
 struct alignas(64) Scratch {
   float x[kRows * kInputChunk];
@@ -73,7 +74,7 @@ template <class T> struct Panel {
   Upcoming upcoming(int64_t k) const {
     constexpr int lines = kInputChunk * sizeof(T) / 64;
     if (packed != nullptr)
-      return {(const char*)(packed + k * kPanel), 0, 1, kPanel * lines};
+      return {(const char*)(packed + k * kPanel), kPanel * 4, kInputChunk / kPerWord<T>, kPanel * 4 / 64};
     return {(const char*)(rows.row[0] + k), stride * (int64_t)sizeof(T), kPanel, lines};
   }
 };
@@ -98,8 +99,7 @@ template <class Product, class T> void stream_panels(const Item<T>& item) {
       load_block<Product>(item, k, count);
       const float* w = weights.words(k, count, item.scratch.weight);
       multiply_tile<Product, true, kFewRows>(item.scratch.x, w, words_of<T>(count), item.rows.count,
-                                             item.scratch.total[panel], k == 0,
-                                             w + words_of<T>(kInputChunk) * kPanel);
+                                             item.scratch.total[panel], k == 0, w + kAhead * kPanel);
     }
   }
 }

@@ -112,9 +112,10 @@ struct Upcoming {
 
   // Asks for the part-th of `parts` parts.
   KVKEYE_INLINE void fetch(const Upcoming& next, int part, int parts) {
-    const int all = next.rows * next.lines;
-    for (int i = all * part / parts; i < all * (part + 1) / parts; ++i)
-      __builtin_prefetch(next.first + i / next.lines * next.stride + i % next.lines * 64, 0, 2);
+    const int begin = next.rows * part / parts, end = next.rows * (part + 1) / parts;
+    for (int row = begin; row < end; ++row)
+      for (int line = 0; line < next.lines; ++line)
+        __builtin_prefetch(next.first + row * next.stride + line * 64, 0, 2);
   }
 };
 
