@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kvkeye.media.frame import Frame
-from kvkeye.media.resize import FACTOR, as_picture, client_size, resize_frame
+from kvkeye.media.resize import FACTOR, client_size, resize_frame
 from kvkeye.media.sampling import TOKEN, VideoPolicy
 
 SLOW, FAST = 0, 1
@@ -44,13 +44,16 @@ def _tables() -> tuple[torch.Tensor, torch.Tensor]:
 def to_hsv(frame: Frame) -> torch.Tensor:
     """RGB to HSV in OpenCV's 8-bit convention (hue 0..179, its fixed-point rounding). uint8 [H, W, 3] both."""
     hue, saturation = _tables()
-    planes = as_picture(frame).view(-1, 3).t().contiguous()
-    red, green, blue = planes
-    value = torch.maximum(torch.maximum(red, green), blue)
-    spread = value - torch.minimum(torch.minimum(red, green), blue)
-    r, g, b = planes.to(torch.int32)
-    case = torch.where(value == red, g - b + 256, torch.where(value == green, b - r + 768, r - g + 1280))
-    hsv = torch.stack([hue[(case << 8) | spread], saturation[(spread.int() << 8) | value], value], dim=-1)
+    planes = np.ascontiguousarray(frame.reshape(-1, 3).T)
+    most, least = (f(f(planes[0], planes[1]), planes[2]) for f in (np.maximum, np.minimum))
+    value, spread = torch.from_numpy(most), torch.from_numpy(most - least)
+    red, green, _ = torch.from_numpy(planes)
+    r, g, b = torch.from_numpy(planes).to(torch.int32)
+    by_green = torch.where(value == green, (b - r).add_(768), (r - g).add_(1280))
+    case = torch.where(value == red, (g - b).add_(256), by_green)
+    case.bitwise_left_shift_(8).bitwise_or_(spread)
+    shade = spread.to(torch.int32).bitwise_left_shift_(8).bitwise_or_(value)
+    hsv = torch.stack([hue.index_select(0, case), saturation.index_select(0, shade), value], dim=-1)
     return hsv.view(frame.shape)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -251,7 +252,7 @@ def test_lists_in_1_5_have_times_only_with_fps():
 
 def test_large_clips_are_decoded_twice_instead_of_held():
     roomy = load("video", clip("bigbuckbunny.mp4"), FAST)
-    tight = load("video", clip("bigbuckbunny.mp4"), FAST, MediaLimits(max_decoded_bytes=1 << 20))
+    tight = load("video", clip("bigbuckbunny.mp4"), FAST, replace(LIMITS, max_decoded_bytes=1 << 20))
     assert roomy.frame_types == tight.frame_types
     assert all(np.array_equal(a, b) for a, b in zip(roomy.groups, tight.groups, strict=True))
 
@@ -345,10 +346,10 @@ def test_impossible_counts_are_refused():
 
 
 def test_the_servers_frame_limit_lowers_the_rate_and_says_so(caplog):
-    item = load("video", clip("bikes.mp4"), limits=MediaLimits(max_frames=9))
+    item = load("video", clip("bikes.mp4"), limits=replace(LIMITS, max_frames=9))
     assert item.groups[0].shape[0] == 8 and item.seconds_per_grid == pytest.approx(250 / 8 / 25)
     assert "9 of 250 frames" in caplog.text
-    assert len(load("video", clip("bikes.mp4"), FAST, MediaLimits(max_frames=9)).groups) == 9
+    assert len(load("video", clip("bikes.mp4"), FAST, replace(LIMITS, max_frames=9)).groups) == 9
 
 
 def test_memory_is_checked_before_decoding():
