@@ -316,7 +316,7 @@ def test_broken_contract(op: Op) -> None:
 
 
 def test_every_sentence_is_reached() -> None:
-    """No refusal in kvkeye/ops is dead: each `yield` runs for some bad case."""
+    """No refusal in kvkeye/ops is dead: each `yield` runs for some bad case, or, if an implementation's, some case."""
     wanted = {}
     for family in FAMILIES:
         module = importlib.import_module(f"kvkeye.ops.{family}")
@@ -338,6 +338,10 @@ def test_every_sentence_is_reached() -> None:
         for op in ops.OPS.values():
             for row in bad(op.name, Sample(torch.float32)):
                 list(op.requires(*row.args)) if op.requires else None
+            for implementation in op.implementations.values():
+                if implementation.name != "triton" and implementation.refuses is not None:
+                    for case in good(op.name, Sample(torch.float32)):
+                        list(implementation.refuses(*case.args))
     finally:
         sys.settrace(None)
     missed = {place: name for place, name in wanted.items() if place not in seen}
