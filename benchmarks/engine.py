@@ -142,7 +142,7 @@ def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: di
     if given.profile:
         print_profile(ours, random_prompts(geometry, 1, given.prompt, 0), geometry)
         return
-    phases = [given.sides] if given.together else [[side] for side in given.sides]
+    phases = [given.sides] if given.together or not given.sides else [[side] for side in given.sides]
     for phase in phases:
         with opened(phase, qwen3, length) as peers:
             sides: list[Side] = [ours, *peers]
