@@ -11,6 +11,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.paddleocr_vl import modeling_paddleocr_vl as paddle
 from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRVisionConfig
 
+from kvkeye.layers import pack_weights
+from kvkeye.layers import pack_weights
 from kvkeye.models.keye.config import VisionConfig
 from kvkeye.models.keye.positions import MediaGrid
 from kvkeye.models.keye.vision import VisionTower
@@ -36,6 +38,7 @@ def tower_row(side: int, quick: bool) -> Row:
         Peer("transformers, SDPA", str(dtype).removeprefix("torch."), paddle_side(tower, dtype, pixels, grid))
         for dtype in (torch.bfloat16, torch.float32)
     ]
+    pack_weights(tower)  # as the engine does once a checkpoint is loaded
     name = f"tower of {config.num_hidden_layers} layers of {config.hidden_size}, {14 * grid[2]} x {14 * grid[1]}, bf16"
     bars = [Bar("transformers, SDPA", 2.5)] if side == 1036 else []
     return Row(name, peers, bars, lambda: tower(pixels, items), agree, flops=num_flops(config, grid[1] * grid[2]))
