@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from kvkeye.errors import MediaError
+from kvkeye.media.decode import picture
 from kvkeye.media.image import load_image
 from kvkeye.media.limits import MediaLimits
 from tests.media.corpus import animated as frames
@@ -101,6 +102,23 @@ def test_transparency_lies_on_white_unless_asked_otherwise():
     assert load_image(encode(palette, transparency=0), LIMITS)[0].tolist() == [[255] * 3, [50, 60, 70]]
     key = encode(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)), transparency=(1, 2, 3))
     assert load_image(key, LIMITS)[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+def test_simplejpeg_gives_pillows_pixels(monkeypatch):
+    """Sampling of colours, order of scans, sides that are no multiples of anything, quality from worst to best."""
+    assert picture.simplejpeg is not None, "install the test extras: pip install -e .[test]"
+    with Image.open(photo("rocket.jpg")) as original:
+        crops = [original.resize(size) for size in ((1, 1), (17, 90), (301, 199))]
+    sources = [
+        encode(crop, "JPEG", subsampling=sampling, progressive=progressive, quality=quality)
+        for crop in crops
+        for sampling in (0, 1, 2)
+        for progressive in (False, True)
+        for quality in (3, 75, 100)
+    ]
+    fast = [load_image(source, LIMITS) for source in sources]
+    monkeypatch.setattr(picture, "simplejpeg", None)
+    assert all(np.array_equal(a, load_image(source, LIMITS)) for a, source in zip(fast, sources, strict=True))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -107,6 +107,11 @@ def test_options_only_lower_limits(kind, options, says):
     assert raised.value.param in options
 
 
+def test_an_option_has_one_name_at_a_time():
+    with pytest.raises(RequestError, match=r"'video_start' is given twice under two names"):
+        MediaOptions.parse("video", {"start": 1.0, "video_start": 2.0}, "item")
+
+
 # Preview clips
 
 
@@ -118,6 +123,7 @@ def test_options_only_lower_limits(kind, options, says):
         ("bigbuckbunny", {"fps": 3.3}, (16, 560, 1008), 16 / 132 * 25),
         ("carphone_pristine", {"nframes": 7}, (8, 308, 364), 8 / 120 * 30000 / 1001),
         ("bikes", {"video_start": 2.2, "video_end": 5.7}, (6, 280, 644), 6 / 87 * 25),
+        ("bikes", {"start": 2.2, "end": 5.7}, (6, 280, 644), 6 / 87 * 25),
         ("bikes", {"total_pixels": 784 * 1200}, (20, 196, 476), 2.0),
         ("bikes", {"min_frames": 31}, (32, 280, 644), 3.2),
         ("bikes", {"max_frames": 9}, (8, 280, 644), 0.8),
