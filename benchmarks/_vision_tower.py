@@ -12,7 +12,6 @@ from transformers.models.paddleocr_vl import modeling_paddleocr_vl as paddle
 from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRVisionConfig
 
 from kvkeye.layers import pack_weights
-from kvkeye.layers import pack_weights
 from kvkeye.models.keye.config import VisionConfig
 from kvkeye.models.keye.positions import MediaGrid
 from kvkeye.models.keye.vision import VisionTower
