@@ -56,7 +56,7 @@ class EncoderCache:
 
     def release(self, seq: Sequence, names: Iterable[bytes]) -> None:
         """The row needs these no more."""
-        for name in list(names):
+        for name in sorted(names):  # the order of a set is not the same in every process
             seq.embeds.remove(name)
             entry = self._entries[name]
             entry.users.remove(seq.seq_id)

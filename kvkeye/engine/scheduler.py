@@ -197,6 +197,8 @@ class Scheduler:
         plan = _Plan(self.limits.max_num_batched_tokens, self.limits.max_num_encoder_patches)
         self._yield_to_priority()
         num_preemptions = self.num_preemptions
+        for seq in self.running:
+            self._encode_ahead(seq, plan)
         decoding = [seq for seq in self.running if seq.num_remaining == 1]
         prompts = [seq for seq in self.running if seq.num_remaining > 1]
         for seq in decoding + prompts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -77,6 +78,24 @@ def test_statistics_are_the_last_line(call, model, pictures):
         ]
     )
     assert int(found[1]) == len(processed.token_ids)
+
+
+def test_stages_are_shown_one_after_the_other(call, model, pictures, monkeypatch):
+    """Vision has ended when prefill begins, and prefill when the answer begins."""
+    events = []
+
+    @contextmanager
+    def recorded(label):
+        events.append(label)
+        yield
+        events.append(f"end of {label}")
+
+    monkeypatch.setattr("kvkeye.cli.session.stage", recorded)
+    done = call("run", model, "--image", pictures[0], "What?", *GREEDY)
+    assert done.code == 0
+    stages = [re.sub(r"\d+", "N", event) for event in events if "loading" not in event]
+    names = ("pictures and prompt", "vision of N patches", "prefill of N tokens")
+    assert stages == [event for name in names for event in (name, f"end of {name}")]
 
 
 def test_json_holds_the_same_answer(call, llm, model, pictures, movie):
