@@ -35,10 +35,10 @@ KVKEYE_INLINE void prepare(Walk& walk, int64_t tile_index) {
   const PackImage& image = walk.image;
   const bool resized = image.columns.taps > 0;
   const int64_t all = image.columns.out / image.patch * blocks_of(image.patch, kCellColumns);
-  walk.first_cell = tile_index * kTileCells;
+  walk.first_cell = tile_index * image.tile_cells;
   TileColumns& tile = walk.tile;
   tile.axis = &image.columns;
-  tile.cells = smaller(kTileCells, all - walk.first_cell);
+  tile.cells = smaller(image.tile_cells, all - walk.first_cell);
   tile.row_stride = image.row_stride;
   tile.low = 3 * image.width;
   tile.reach = 0;
@@ -230,7 +230,7 @@ template <class T> void pack_patches(const PackPatchesParams<T>& p, int64_t begi
     Walk walk{image, pack_scratch(image), p.scratch, {}, -1};
     for (int64_t item = begin - image.first_item; item < last - image.first_item; ++item) {
       const int64_t tile = item / image.groups, top = item % image.groups * image.item_rows;
-      if (walk.first_cell != tile * kTileCells)
+      if (walk.first_cell != tile * image.tile_cells)
         prepare(walk, tile);
       walk_rows(walk, top, smaller(top + image.item_rows, image.rows.out),
                 [&](int64_t row, const uint8_t* line)
@@ -245,7 +245,7 @@ void resize_image(const ResizeImageParams& p, int64_t begin, int64_t end) {
   Walk walk{image, pack_scratch(image), p.scratch, {}, -1};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t tile = item / image.groups, top = item % image.groups * image.item_rows;
-    if (walk.first_cell != tile * kTileCells)
+    if (walk.first_cell != tile * image.tile_cells)
       prepare(walk, tile);
     walk_rows(walk, top, smaller(top + image.item_rows, image.rows.out),
               [&](int64_t row, const uint8_t* line) KVKEYE_LAMBDA { store_row(walk, p.out, row, line); });

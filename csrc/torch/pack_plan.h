@@ -45,6 +45,17 @@ private:
   std::list<Entry> entries_;
 };
 
+// Cuts a picture into items: tiles of equal width, an even number of groups of rows, so that two threads
+// finish together.
+inline void share_out(PackImage& image) {
+  const int64_t cells = image.columns.out / image.patch * blocks_of(image.patch, kCellColumns);
+  image.tile_cells = blocks_of(cells, blocks_of(cells, kTileCells));
+  image.tiles = blocks_of(cells, image.tile_cells);
+  const int64_t groups = blocks_of(image.rows.out, kItemRows), bands = blocks_of(image.rows.out, image.band);
+  image.item_rows = blocks_of(bands, groups > 1 ? groups + groups % 2 : 1) * image.band;
+  image.groups = blocks_of(image.rows.out, image.item_rows);
+}
+
 // The pictures of one call as items.
 struct PackPlan {
   explicit PackPlan(Filter filter) : axes(filter) {}
@@ -54,11 +65,9 @@ struct PackPlan {
   void add(const uint8_t* pixels, int64_t height, int64_t width, int64_t row_stride, int64_t rows,
            int64_t columns, int64_t patch, int64_t band) {
     PackImage image{
-        pixels, height, width, row_stride, axes.axis(height, rows), axes.axis(width, columns), patch, band,
+        pixels, height, width, row_stride, axes.axis(height, rows), axes.axis(width, columns), patch, band, 0,
         0,      0,      0,     items};
-    image.tiles = blocks_of(columns / patch * blocks_of(patch, kCellColumns), kTileCells);
-    image.item_rows = blocks_of(kItemRows, band) * band;
-    image.groups = blocks_of(rows, image.item_rows);
+    share_out(image);
     items += image.tiles * image.groups;
     const int64_t needed = pack_scratch(image).bytes;
     scratch = needed > scratch ? needed : scratch;

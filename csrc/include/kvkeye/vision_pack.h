@@ -52,7 +52,7 @@ struct PackImage {
   int64_t patch;         // columns between patch borders
   int64_t band;          // rows stored together
   int64_t tiles, groups; // items: tiles times groups of item_rows rows, tile by tile
-  int64_t item_rows;
+  int64_t item_rows, tile_cells;
   int64_t first_item;
 };
 
