@@ -16,6 +16,7 @@ from kvkeye.models.keye.config import KeyeConfig, TextConfig
 from kvkeye.models.keye.weights import Place, places
 from kvkeye.testing.tiny import tiny_keye_config, write_tiny_checkpoint
 
+POOL = 2**24 - 3  # odd, so that no two rows of a matrix are equal
 INDEX = "model.safetensors.index.json"
 
 
@@ -75,21 +76,24 @@ def write_checkpoint(folder: Path, geometry: Geometry) -> tuple[Path, Path]:
 
 def _write_weights(folder: Path, config: KeyeConfig) -> dict[str, str]:
     """Two files, so that the text half can be shared; returns the index."""
-    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     halves: dict[str, dict[str, Tensor]] = {"text": {}, "vision": {}}
     for name, place in places(config).items():
-        halves["text" if is_text(name) else "vision"][name] = _random(name, place, generator)
+        halves["text" if is_text(name) else "vision"][name] = _random(name, place, values)
     for half, tensors in halves.items():
         save_file(tensors, folder / f"{half}.safetensors", metadata={"format": "pt"})
     return {name: f"{half}.safetensors" for half, tensors in halves.items() for name in tensors}
 
 
-def _random(name: str, place: Place, generator: torch.Generator) -> Tensor:
-    """Matrices that keep the size of what goes through them, norms near one."""
-    tensor = torch.empty(place.shape, dtype=torch.bfloat16)
-    if tensor.dim() == 1:
-        return tensor.normal_(float(name.endswith("weight")), 0.1, generator=generator)
-    return tensor.normal_(0, prod(place.shape[1:]) ** -0.5, generator=generator)
+def _random(name: str, place: Place, values: Tensor) -> Tensor:
+    """Matrices that keep the size of what goes through them, norms near one; the drawn values over and over."""
+    count = prod(place.shape)
+    flat = torch.empty(count, dtype=torch.bfloat16)
+    for start in range(0, count, POOL):
+        flat[start : start + POOL] = values[: count - start]
+    if len(place.shape) == 1:
+        return flat.mul_(0.1).add_(float(name.endswith("weight")))
+    return flat.mul_(prod(place.shape[1:]) ** -0.5).view(place.shape)
 
 
 def _write_qwen3(folder: Path, weights: Path, text: TextConfig) -> None:
