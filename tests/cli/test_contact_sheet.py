@@ -100,20 +100,26 @@ def processor(request, tmp_path_factory):
     built.close()
 
 
+def _at_size(frame, size):
+    """Pictures are resized as they are cut into patches."""
+    if size is None:
+        return frame
+    return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sheet_shows_the_pixels_that_the_model_gets(processor, dtype):
+def test_the_sheet_shows_the_pixels_that_the_model_gets(processor, dtype, monkeypatch):
     """Normalisation is undone to the very levels that the media loader gave, also from bf16."""
     movie, picture = write_movie(greys(30), fps=10), str(photo("coffee.png"))
+    monkeypatch.setattr(processor, "pixel_dtype", dtype)
     content = [{"type": "video", "video": movie}, {"type": "image", "image": picture}, {"type": "text", "text": "?"}]
     media = processor.process([{"role": "user", "content": content}]).media
-    for item in media:
-        object.__setattr__(item, "pixel_values", item.pixel_values.to(dtype))
     settings = processor.preprocessor
     items = items_of(["clip", "picture"], media, settings.mean, settings.std, 2)
     sources = (("video", movie), ("image", picture))
     for item, (kind, source) in zip(items, sources):
         loaded = load_media(kind, source, MediaOptions(), settings.media, MediaLimits(), kind)
-        frames = [frame for group in loaded.groups for frame in group]
+        frames = [_at_size(frame, loaded.resize_to) for group in loaded.groups for frame in group]
         assert len(frames) == len(item.shots)
         assert all(np.array_equal(shot.pixels, frame) for shot, frame in zip(item.shots, frames))
     assert [sum(shot.num_tokens for shot in item.shots) for item in items] == [item.num_tokens for item in media]
