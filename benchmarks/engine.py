@@ -134,6 +134,13 @@ def measure(name: str, sides: list[Side], geometry: Geometry, given: argparse.Na
     return Result(Row(title, peers, bars, streamed=float(streamed), least_read=0.7), times)
 
 
+def phases(names: list[str]) -> list[list[str]]:
+    """All settings of transformers in one comparison, as its best one counts; each vLLM in one of its own."""
+    settings = [name for name in names if name.startswith("transformers")]
+    others = [[name] for name in names if name not in settings]
+    return [settings, *others] if settings or not others else others
+
+
 def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: dict[str, Any]) -> None:
     folder = given.folder or Path(tempfile.gettempdir()) / f"kvkeye-benchmark-{given.geometry}"
     keye, qwen3 = write_checkpoint(folder, geometry)
@@ -142,8 +149,7 @@ def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: di
     if given.profile:
         print_profile(ours, random_prompts(geometry, 1, given.prompt, 0), geometry)
         return
-    phases = [given.sides] if given.together or not given.sides else [[side] for side in given.sides]
-    for phase in phases:
+    for phase in phases(given.sides):
         with opened(phase, qwen3, length) as peers:
             sides: list[Side] = [ours, *peers]
             check(sides, random_prompts(geometry, 1, given.prompt, 99)[0])
@@ -158,14 +164,15 @@ def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: di
 def main() -> None:
     options = parser(__doc__, ROWS, seconds=20.0)
     options.add_argument("--geometry", choices=list(GEOMETRIES), default="qwen3-0.6b")
-    options.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES), help="only these peers")
+    options.add_argument("--sides", nargs="*", choices=list(SIDES), help="only these peers; without a name, none")
     options.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     options.add_argument("--folder", type=Path, help="where the random checkpoint is kept between runs")
-    options.add_argument("--together", action="store_true", help="all peers in memory at once, not in pairs with ours")
     options.add_argument("--profile", action="store_true", help="where a step of one answer goes, by op")
     given = options.parse_args()
     if given.quick:
         given.geometry, given.prompt, given.seconds = "tiny", 32, 0.1
+    if given.sides is None:  # in fp32 the larger geometry leaves no memory for a second model
+        given.sides = ["transformers-bf16", "vllm-compiled"] if given.geometry == "keye-quarter" else list(SIDES)
     torch.set_num_threads(given.threads)
     geometry = GEOMETRIES[given.geometry]
     packages = {name: version(name) for name in ("torch", "transformers")}
