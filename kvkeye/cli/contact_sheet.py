@@ -84,7 +84,7 @@ def contact_sheet(items: Sequence[Item]) -> Image.Image:
 
 def _label(shot: Shot, number: int) -> str:
     if shot.kind == "image":
-        return f"{shot.pixels.shape[1]} x {shot.pixels.shape[0]}"
+        return f"{shot.pixels.shape[1]} x {shot.pixels.shape[0]}  image"
     return f"#{number}  {shot.kind}" if shot.time is None else f"{shot.time:.1f} s  {shot.kind}"
 
 
