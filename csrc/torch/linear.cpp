@@ -54,7 +54,7 @@ struct Ending {
 // Rows and panels of one item: few rows stream single panels; many share the preparation of their inputs
 // among panels as long as there are items for all threads.
 template <class T> void choose_blocks(LinearParams<T>& params) {
-  constexpr int64_t few = 12, tile = 12, enough = 32;
+  constexpr int64_t few = 12, tile = 6, enough = 32;
   params.row_block = std::max<int64_t>(params.rows, 1);
   params.block_group = 1;
   if (params.rows <= few)
