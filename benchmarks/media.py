@@ -37,7 +37,9 @@ from kvkeye.media.load import load_media
 from kvkeye.media.options import MediaOptions
 from kvkeye.media.patches import patchify
 from kvkeye.media.sampling import VideoPolicy
-from tests.samples import clip as sample
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tests.samples import clip as sample  # noqa: E402
 
 SETTINGS = {
     "preview": MediaSettings("preview", 3136, 1_003_520),
