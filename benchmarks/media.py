@@ -39,7 +39,7 @@ from kvkeye.media.patches import patchify
 from kvkeye.media.sampling import VideoPolicy
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.samples import clip as sample  # noqa: E402
+from tests.samples import clip as sample
 
 SETTINGS = {
     "preview": MediaSettings("preview", 3136, 1_003_520),
