@@ -144,9 +144,8 @@ template <class T, class Work> struct FewRows {
   float *folded_max, *folded_total; // [kFewRows], of the splits before
   View views[kFewRows];
 
-  FewRows(const Work& of, int64_t head_dim, float scale, float* scratch)
+  FewRows(const Work& of, int64_t head_dim, float scale, Arena arena)
       : work(of), dim(head_dim), width((head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)) {
-    Arena arena(scratch);
     q = arena.take(kFewRows * width);
     out = arena.take(kFewRows * width);
     folded = arena.take(kFewRows * width);
@@ -162,7 +161,7 @@ template <class T, class Work> struct FewRows {
     for (int r = 0; r < work.count; ++r) {
       load_row(work.query(r), dim, q + r * width);
       for (int64_t i = r * width; i < (r + 1) * width; i += kLanes)
-        store(q + i, load(q + i) * scale);
+        store(q + i, load(q + i) * (scale * kLog2E));
       views[r] = work.view(r);
     }
   }

@@ -3,6 +3,7 @@
 
 #include "attention_lanes.h"
 #include "attention_rows.h"
+#include "attention_tiles.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
@@ -22,17 +23,25 @@ template <class Rows> void attend_splits(Rows& rows, int64_t end, int64_t split)
   rows.finish();
 }
 
+template <class Rows, class Work>
+void attend_with(const Work& work, int64_t dim, float softmax_scale, int64_t end, int64_t split,
+                 float* scratch) {
+  Rows rows(work, dim, softmax_scale, Arena(scratch));
+  attend_splits(rows, end, split);
+}
+
 // The rows of `work` against positions [0, end), or those of one split if it is not negative.
 template <class T, class Work>
 void attend(const Work& work, int64_t dim, float softmax_scale, int64_t end, int64_t split, float* scratch) {
-  const float scale = softmax_scale * kLog2E;
-  if (work.count <= kFewRows) {
-    FewRows<T, Work> rows(work, dim, scale, scratch);
-    attend_splits(rows, end, split);
-  } else {
-    ManyRows<T, Work> rows(work, dim, scale, scratch);
-    attend_splits(rows, end, split);
-  }
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(T) == 2)
+    if (active_isa().isa == Isa::amx)
+      return attend_with<TileRows<T, Work>>(work, dim, softmax_scale, end, split, scratch);
+#endif
+  if (work.count <= kFewRows)
+    attend_with<FewRows<T, Work>>(work, dim, softmax_scale, end, split, scratch);
+  else
+    attend_with<ManyRows<T, Work>>(work, dim, softmax_scale, end, split, scratch);
 }
 
 } // namespace

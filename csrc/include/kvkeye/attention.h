@@ -12,7 +12,7 @@ namespace kvkeye {
 
 static constexpr int64_t kTilePositions = 64, kSplitPositions = 512;
 static constexpr int64_t kQueryRows =
-    384; // rows (token, query head of one group) that share a loaded KV tile
+    576; // rows (token, query head of one group) that share a loaded KV tile
 static constexpr int64_t kBackwardRows = 64; // the same in the backward pass
 
 // Elements between neighbouring tokens and neighbouring heads; the last axis is contiguous.
