@@ -49,8 +49,9 @@ enum { kSums = 24 };
 #define FOR_SUMS(X)                                                                                          \
   X(0)                                                                                                       \
   X(1)                                                                                                       \
-  X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20)  \
-      X(21) X(22) X(23)
+  X(2)                                                                                                       \
+  X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20) X(21) \
+      X(22) X(23)
 
 // Multiplications and additions of fp32 in `rounds` rounds.
 double fp32_flops(int64_t rounds) {
