@@ -35,8 +35,11 @@ template <class T, class Work>
 void attend(const Work& work, int64_t dim, float softmax_scale, int64_t end, int64_t split, float* scratch) {
 #if defined(__AMX_BF16__)
   if constexpr (sizeof(T) == 2)
-    if (active_isa().isa == Isa::amx)
-      return attend_with<TileRows<T, Work>>(work, dim, softmax_scale, end, split, scratch);
+    if (active_isa().isa == Isa::amx) {
+      acquire_tiles();
+      attend_with<TileRows<T, Work>>(work, dim, softmax_scale, end, split, scratch);
+      return release_tiles();
+    }
 #endif
   if (work.count <= kFewRows)
     attend_with<FewRows<T, Work>>(work, dim, softmax_scale, end, split, scratch);

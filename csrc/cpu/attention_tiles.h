@@ -20,21 +20,20 @@ KVKEYE_INLINE void memory_fence() {
   asm volatile("" ::: "memory");
 }
 
-// Tiles belong to whoever loads their shapes; all are 16 rows of 64 bytes.
-struct TileSession {
-  TileSession() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    memory_fence();
-    _tile_loadconfig(&shapes);
-  }
-  ~TileSession() { _tile_release(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
-};
+// All tiles are 16 rows of 64 bytes, until release_tiles().
+KVKEYE_INLINE void acquire_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  memory_fence();
+  _tile_loadconfig(&shapes);
+}
+
+KVKEYE_INLINE void release_tiles() {
+  _tile_release();
+}
 
 // c[32, 32] (+)= a[32, depth] b[depth, 32] for two vectors of rows. a: bf16, rows of a_row; b: pairs of
 // neighbours in depth, [depth / 2, 16] words for each vector, the second b_next further on.
@@ -114,7 +113,6 @@ KVKEYE_APART void multiply_column(const bf16* a, int64_t a_row, const uint32_t* 
 template <class T, class Work> struct TileRows : LaneRows<Work, kTileVectors> {
   using Base = LaneRows<Work, kTileVectors>;
   using Base::dim, Base::groups, Base::kGroup, Base::max, Base::scores, Base::total, Base::width, Base::work;
-  TileSession session;
   int64_t depth;     // dim in whole tile lines
   float scale;       // of the scores, positive; its sign goes to the queries
   uint32_t* q;       // [groups, kTileVectors, depth / 2, 16]: pairs of dimensions
