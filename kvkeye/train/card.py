@@ -32,8 +32,7 @@ shrunk by its `preprocessor_config.json`.
 
 ## How it was made
 
-`kvkeye train sft.toml` makes its like on a CPU from nothing (this one saw the recipe change on the way, as
-`kvkeye/train/README.md` says): first the vision tower alone learns to name what each patch
+`kvkeye train sft.toml`, on two CPU cores, from nothing: first the vision tower alone learns to name what each patch
 shows, then everything learns from questions (loss on answers only). The exported weights are a moving average.
 Tower: {vision_layers} layers of width {vision_size}, heads of {vision_head}. Decoder: {text_layers} layers of width
 {text_size}, heads of {text_head}.
