@@ -101,7 +101,7 @@ def test_interrupt_stops_the_answer_not_the_chat(model, tmp_path):
     endless = _never_ending(model, tmp_path)
     command = [sys.executable, "-m", "kvkeye", "chat", str(endless), "--max-tokens", "6000", "--seed", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(command, **pipes, preexec_fn=_heed_interrupts) as process:
         try:
             process.stdin.write(b"Tell me a long story.\n")
             process.stdin.flush()
@@ -114,6 +114,11 @@ def test_interrupt_stops_the_answer_not_the_chat(model, tmp_path):
     assert "stopped" in err.decode() and "Traceback" not in err.decode()
     question, answer = saved(tmp_path / "chat.json")
     assert (question["role"], answer["role"]) == ("user", "assistant") and 0 < len(answer["content"]) < 6000
+
+
+def _heed_interrupts():
+    """A shell's background jobs ignore SIGINT, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _never_ending(model, tmp_path):
