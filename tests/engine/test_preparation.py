@@ -118,7 +118,9 @@ def test_what_is_larger_than_the_limit_goes_alone():
         for _ in range(3):
             lease = queue.lease()
             queue.submit("x", None, 0, lease).future.result(PATIENCE)
+            assert queue.num_waiting_bytes == 24 * PATCH
             lease.release()
+            assert queue.num_waiting_bytes == 0
 
 
 def test_a_lease_that_ended_early_is_never_charged():
