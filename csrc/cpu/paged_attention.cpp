@@ -12,29 +12,41 @@ template <class T> struct PagedRows {
   int64_t kv_head, group, first, fresh, context; // of the span's sequence: first new token, new tokens, all
   const int32_t* blocks;
   int count;
+  bool tree;
+  uint8_t branch[64]; // the new tokens that the span's last one sees, in order
 
   PagedRows(const PagedAttentionParams<T>& params, const PagedSpan& of, int64_t head)
       : p(params), span(of), kv_head(head), group(p.num_q_heads / p.num_kv_heads),
         first(p.cu_seqlens_q[span.sequence]), fresh(p.cu_seqlens_q[span.sequence + 1] - first),
         context(p.context_lens[span.sequence]), blocks(p.block_table + span.sequence * p.max_blocks),
-        count((int)((span.end - span.begin) * group)) {}
+        count((int)((span.end - span.begin) * group)), tree(params.tree_mask != nullptr) {
+    int size = 0;
+    for (uint64_t left = tree ? bits(span.end - 1) : 0; left != 0; left &= left - 1)
+      branch[size++] = (uint8_t)__builtin_ctzll(left);
+  }
 
-  // One past the last position that any row sees: without a tree, the last row sees the most.
-  int64_t end() const { return p.tree_mask != nullptr ? context : context - (first + fresh - span.end); }
+  uint64_t bits(int64_t token) const {
+    return (uint64_t)p.tree_mask[token] & first_bits(fresh < 64 ? (int)fresh : 64);
+  }
+  // How many positions a token sees. In a tree these are numbered along its branch, as they would be
+  // if it had been decoded alone, wherever its ancestors lie in the cache.
+  int64_t seen(int64_t token) const {
+    return context - fresh + (tree ? __builtin_popcountll(bits(token)) : token - first + 1);
+  }
+  // One past the last position that any row sees: the last row sees the most.
+  int64_t end() const { return seen(span.end - 1); }
   int64_t token(int r) const { return span.begin + r / group; }
   int64_t head(int r) const { return kv_head * group + r % group; }
   int64_t row(int r) const { return token(r) * p.num_q_heads + head(r); }
   const T* query(int r) const { return p.q + token(r) * p.q_strides.token + head(r) * p.q_strides.head; }
 
-  View view(int r) const {
-    if (p.tree_mask == nullptr)
-      return {context - fresh + (token(r) - first) + 1, 0};
-    return {context - fresh, (uint64_t)p.tree_mask[token(r)] & first_bits(fresh < 64 ? (int)fresh : 64)};
-  }
+  View view(int r) const { return {seen(token(r)), 0}; }
 
   void locate(int64_t start, int columns, const T** keys, const T** values) const {
     for (int j = 0; j < columns; ++j) {
-      const int64_t block = blocks[(start + j) / p.block_size], slot = (start + j) % p.block_size;
+      const int64_t along = start + j - (context - fresh);
+      const int64_t position = tree && along >= 0 ? context - fresh + branch[along] : start + j;
+      const int64_t block = blocks[position / p.block_size], slot = position % p.block_size;
       keys[j] = p.k_cache + block * p.k_strides.block + kv_head * p.k_strides.head + slot * p.k_strides.slot;
       values[j] =
           p.v_cache + block * p.v_strides.block + kv_head * p.v_strides.head + slot * p.v_strides.slot;

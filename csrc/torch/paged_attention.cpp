@@ -59,11 +59,26 @@ Batch check_batch(const Tensor& q, const Tensor& k_cache, const Tensor& block_ta
   return batch;
 }
 
-std::vector<PagedSpan> spans_of(const Batch& batch, int64_t tokens_per_span, bool by_split) {
+// One past the last token that may share a span with `begin`: each sees what the one before it sees, and rows
+// after that. Branches of a tree go apart.
+int64_t end_of_branch(const int64_t* tree_mask, int64_t begin, int64_t end) {
+  int64_t token = begin + 1;
+  for (; tree_mask != nullptr && token < end; ++token) {
+    const uint64_t before = (uint64_t)tree_mask[token - 1], seen = (uint64_t)tree_mask[token];
+    const uint64_t upto = before == 0 ? 0 : ~(uint64_t)0 >> __builtin_clzll(before);
+    if ((seen & upto) != before)
+      return token;
+  }
+  return end;
+}
+
+std::vector<PagedSpan> spans_of(const Batch& batch, const int64_t* tree_mask, int64_t tokens_per_span,
+                                bool by_split) {
   std::vector<PagedSpan> spans;
   for (int64_t b = 0; b < batch.sequences; ++b) {
-    for (int64_t begin = batch.bounds[b]; begin < batch.bounds[b + 1]; begin += tokens_per_span) {
-      const int64_t end = std::min<int64_t>(begin + tokens_per_span, batch.bounds[b + 1]);
+    for (int64_t begin = batch.bounds[b], end; begin < batch.bounds[b + 1]; begin = end) {
+      end = std::min<int64_t>(begin + tokens_per_span, batch.bounds[b + 1]);
+      end = end_of_branch(tree_mask, begin, end);
       if (!by_split)
         spans.push_back({begin, end, b, -1});
       for (int64_t split = 0; by_split && split < batch.splits(b); ++split)
@@ -98,7 +113,8 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
   const int64_t group = params.num_q_heads / params.num_kv_heads, dim = params.head_dim;
   const int64_t states = tokens * params.num_q_heads * batch.max_splits;
   const bool by_split = batch.max_splits > 1 && states * (dim + 2) <= kPartialFloats;
-  const std::vector<PagedSpan> spans = spans_of(batch, std::max<int64_t>(1, kQueryRows / group), by_split);
+  const std::vector<PagedSpan> spans =
+      spans_of(batch, params.tree_mask, std::max<int64_t>(1, kQueryRows / group), by_split);
   const std::unique_ptr<float[]> partial(by_split ? new float[states * (dim + 2)] : nullptr);
   params.spans = spans.data();
   params.max_splits = batch.max_splits;

@@ -126,7 +126,8 @@ def paged_attention(
                read;  context_lens int32 tokens, the new ones included and already in the cache;  tree_mask int64
                bits, at most 64 rows per sequence
     Returns    o [T, Hq, D] dtype of q;  lse [T, Hq] fp32;  a row that sees nothing gives o = 0, lse = -inf
-    Numerics   scores, softmax and sums in fp32; `cpp` merges KV tiles in an order fixed by absolute position
+    Numerics   scores, softmax and sums in fp32; `cpp` merges KV tiles in an order fixed by absolute position, and
+               along the branch of a tree: a row gives the bits of the same tokens decoded one after the other
     Gradient   none (inference only); training uses varlen_attention
     Errors     ValueError on shape or dtype disagreement
     Source     Kwon et al. 2023, section 4.1; trees: Miao et al. 2024 (SpecInfer), section 4

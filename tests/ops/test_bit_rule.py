@@ -153,6 +153,32 @@ def test_a_chain_is_a_chunk() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim", "before", "rows"), [
+    ((4, 2), 72, 3, 9), ((4, 1), 128, 60, 12), ((8, 4), 72, 505, 20), ((2, 2), 8, 1020, 64), ((6, 2), 72, 0, 30),
+])  # fmt: skip
+def test_a_branch_of_a_tree_is_a_chain(
+    heads: tuple[int, int], dim: int, before: int, rows: int, dtype: torch.dtype
+) -> None:
+    """Whatever lies between its tokens in the cache, also across the edges of tiles and splits."""
+    generator = torch.Generator().manual_seed(rows)
+    parents = [-1] + [int(torch.randint(max(0, i - 3), i, (), generator=generator)) for i in range(1, rows)]
+    q, k, v = tokens(before + rows, *heads, dim, dtype)
+    branches: list[list[int]] = []
+    for row, parent in enumerate(parents):
+        branches.append([*(branches[parent] if row else []), row])
+    mask = torch.tensor([sum(1 << row for row in branch) - (2**64 if branch[-1] == 63 else 0) for branch in branches])
+    bounds, context = torch.tensor([0, rows]).int(), torch.tensor([before + rows]).int()
+    cache = Cache(k, v, 16)
+    tree = ops.paged_attention(q[before:], *cache.tensors, cache.order[None], bounds, context, mask, dim**-0.5)
+    for branch in branches:
+        picked = torch.tensor([*range(before), *(before + row for row in branch)])
+        length = len(picked)
+        alone = Cache(k[picked], v[picked], 16).attend(q[picked], length - 1, length)
+        for found, expected in zip(tree, alone, strict=True):
+            assert same(found[branch[-1]][None], expected), branch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_in_any_batch(dtype: torch.dtype) -> None:
     lengths, rows = [5, 70, 1, 530, 64], [2, 70, 1, 3, 9]
     sequences = [tokens(length, 4, 2, 72, dtype) for length in lengths]
