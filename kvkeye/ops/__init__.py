@@ -35,6 +35,7 @@ from kvkeye.ops.norm import (
     rms_norm,
     rms_norm_backward,
 )
+from kvkeye.ops.rollout import score_candidates, score_candidates_backward
 from kvkeye.ops.rope import (
     mrope,
     mrope_backward,
@@ -44,6 +45,20 @@ from kvkeye.ops.rope import (
     rope_2d_backward,
 )
 from kvkeye.ops.sampling import sample
+from kvkeye.ops.video_fusion import (
+    blend_tiles,
+    blend_tiles_backward,
+    fuse_tiles,
+    fuse_tiles_backward,
+    normalized_tile_weights,
+    spectral_blend,
+    spectral_blend_backward,
+    spectral_refresh,
+    spectral_refresh_backward,
+    tile_attention,
+    tile_attention_backward,
+    tile_frames,
+)
 from kvkeye.ops.vision import (
     interpolate_position,
     interpolate_position_backward,
@@ -60,7 +75,11 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_backward",
     "append_kv",
+    "blend_tiles",
+    "blend_tiles_backward",
     "copy_blocks",
+    "fuse_tiles",
+    "fuse_tiles_backward",
     "gelu",
     "gelu_backward",
     "interpolate_position",
@@ -73,6 +92,7 @@ __all__ = [
     "merge_patches_backward",
     "mrope",
     "mrope_backward",
+    "normalized_tile_weights",
     "op",
     "pack_patches",
     "pack_weight",
@@ -92,8 +112,17 @@ __all__ = [
     "rope_2d",
     "rope_2d_backward",
     "sample",
+    "score_candidates",
+    "score_candidates_backward",
     "silu_mul",
     "silu_mul_backward",
+    "spectral_blend",
+    "spectral_blend_backward",
+    "spectral_refresh",
+    "spectral_refresh_backward",
+    "tile_attention",
+    "tile_attention_backward",
+    "tile_frames",
     "token_logprobs",
     "token_logprobs_backward",
     "unpack_weight",

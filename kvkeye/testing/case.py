@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAMILIES = ("norm", "rope", "activation", "vision", "linear", "kv_cache", "attention", "sampling", "loss")
+FAMILIES = (
+    "norm",
+    "rope",
+    "activation",
+    "vision",
+    "linear",
+    "kv_cache",
+    "attention",
+    "sampling",
+    "loss",
+    "video_fusion",
+    "rollout",
+)
 
 
 @dataclass(frozen=True)
