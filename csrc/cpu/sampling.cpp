@@ -269,6 +269,56 @@ KVKEYE_INLINE int64_t invert(const double* row, int64_t size, double min_p, doub
   return last;
 }
 
+// Speculative sampling: the accepted proposal, or a draw from what the proposals leave over. Exact for any
+// `probability`. Afterwards `row` holds the leftover.
+
+KVKEYE_INLINE double kept_mass(const double* row, int64_t size) {
+  double total = 0.0;
+  for (int64_t i = 0; i < size; ++i)
+    total += row[i] > 0.0 ? row[i] : 0.0;
+  return total;
+}
+
+// Whether a token is among the first `count` proposals.
+KVKEYE_INLINE bool was_proposed(const Drafts& drafts, int count, int64_t token) {
+  bool found = false;
+  for (int i = 0; i < count; ++i)
+    found = found || drafts.tokens[i] == token;
+  return found;
+}
+
+// The mass of all but the first `count` proposals.
+KVKEYE_INLINE double draft_mass(const Drafts& drafts, int count, int64_t size) {
+  double total = 0.0;
+  for (int64_t i = 0; i < size; ++i)
+    total += was_proposed(drafts, count, i) ? 0.0 : (double)drafts.probability[i];
+  return total;
+}
+
+int64_t accept(double* row, int64_t size, double min_p, const Drafts& drafts, int64_t seed, int64_t position,
+               int64_t sample_index) {
+  for (int64_t i = 0; i < size; ++i)
+    row[i] = row[i] >= min_p && row[i] > 0.0 ? row[i] : kDropped;
+  for (int sibling = 0; sibling < drafts.count; ++sibling) {
+    const int64_t token = drafts.tokens[sibling];
+    const double mass = kept_mass(row, size), draft = draft_mass(drafts, sibling, size);
+    if (!(drafts.probability[token] > 0.0f && draft > 0.0) || was_proposed(drafts, sibling, token))
+      continue; // not a draw from what was left
+    const double u = philox_uniform(seed, position, accept_draw(sibling), sample_index);
+    if (u * (drafts.probability[token] / draft) < row[token] / mass)
+      return token;
+    double left = 0.0;
+    for (int64_t i = 0; i < size; ++i) {
+      const double rest = row[i] / mass - drafts.probability[i] / draft;
+      row[i] = rest > 0.0 ? rest : kDropped;
+      left += rest > 0.0 ? rest : 0.0;
+    }
+    if (!(left > 0.0)) // only rounding kept it from being accepted
+      return token;
+  }
+  return invert(row, size, 0.0, philox_uniform(seed, position, Draw::sample, sample_index));
+}
+
 template <class T> int64_t draw(const SampleParams<T>& p, int64_t b) {
   load_logits(p, b);
   penalise(p, b);
@@ -287,6 +337,8 @@ template <class T> int64_t draw(const SampleParams<T>& p, int64_t b) {
     p.row[i] = probability == probability ? probability : 0.0; // -inf over an infinite temperature
   }
   truncate(p.row, p.candidates, p.vocabulary, p.top_k[b], p.top_p[b]);
+  if (p.drafts.probability != nullptr)
+    return accept(p.row, p.vocabulary, p.min_p[b], p.drafts, p.seeds[b], p.positions[b], p.sample_index[b]);
   const double u = philox_uniform(p.seeds[b], p.positions[b], Draw::sample, p.sample_index[b]);
   return invert(p.row, p.vocabulary, p.min_p[b], u);
 }

@@ -1,56 +1,10 @@
 // Drawing the next token: tensors to Params to kernels.
-#include "kvkeye/sampling.h"
-#include "checks.h"
-
-#include <memory>
-#include <optional>
+#include "sampling.h"
 
 namespace kvkeye {
 namespace {
 
 constexpr const char* kOp = "sample";
-
-// A per-row setting of the right shape and type, contiguous.
-Tensor setting(const char* name, const Tensor& tensor, int64_t rows, ScalarType dtype) {
-  const Argument argument{kOp, name, tensor};
-  argument.has_shape({rows});
-  argument.has_dtype(dtype);
-  return dense(tensor);
-}
-
-Tensor allowed(const Tensor& mask, int64_t rows, int64_t vocabulary) {
-  const Argument argument{kOp, "mask", mask};
-  argument.has_shape({rows, (vocabulary + 31) / 32});
-  argument.has_dtype(ScalarType::Int);
-  return dense(mask);
-}
-
-void check_history(const Tensor& history, const Tensor& cu_history, const Tensor& num_prompt,
-                   int64_t vocabulary) {
-  const int32_t *ids = read<int32_t>(history), *bounds = read<int32_t>(cu_history),
-                *prompt = read<int32_t>(num_prompt);
-  const int64_t rows = num_prompt.size(0), length = history.size(0);
-  for (int64_t b = 0; b < rows; ++b) {
-    require(0 <= bounds[b] && bounds[b] <= bounds[b + 1] && bounds[b + 1] <= length, kOp, ": cu_history[", b,
-            "] = ", bounds[b], " and [", b + 1, "] = ", bounds[b + 1],
-            "; expected ascending values from 0 to ", length, ".");
-    require(prompt[b] >= 0, kOp, ": num_prompt[", b, "] = ", prompt[b], "; expected 0 or more.");
-  }
-  for (int64_t i = 0; i < length; ++i)
-    require(0 <= ids[i] && ids[i] < vocabulary, kOp, ": history[", i, "] = ", ids[i],
-            "; expected a token id from 0 to ", vocabulary - 1, ".");
-}
-
-// Working memory of one thread.
-struct Workspace {
-  std::unique_ptr<double[]> row;
-  std::unique_ptr<Candidate[]> candidates;
-  std::unique_ptr<int32_t[]> counts;
-
-  explicit Workspace(int64_t vocabulary)
-      : row(new double[vocabulary]), candidates(new Candidate[vocabulary]),
-        counts(new int32_t[vocabulary]()) {}
-};
 
 Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
               const Tensor& min_p, const Tensor& repetition, const Tensor& presence, const Tensor& frequency,
@@ -61,49 +15,22 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   require(vocabulary > 0, kOp, ": logits has shape ", shape_text(logits), "; expected at least one column.");
   const Rows table = as_rows(logits_argument);
-  const Tensor t = setting("temperature", temperature, rows, ScalarType::Float);
-  const Tensor k = setting("top_k", top_k, rows, ScalarType::Int);
-  const Tensor share = setting("top_p", top_p, rows, ScalarType::Float);
-  const Tensor floor = setting("min_p", min_p, rows, ScalarType::Float);
-  const Tensor repeated = setting("repetition", repetition, rows, ScalarType::Float);
-  const Tensor present = setting("presence", presence, rows, ScalarType::Float);
-  const Tensor frequent = setting("frequency", frequency, rows, ScalarType::Float);
-  const Tensor past = setting("history", history, history.numel(), ScalarType::Int);
-  const Tensor bounds = setting("cu_history", cu_history, rows + 1, ScalarType::Int);
-  const Tensor prompt = setting("num_prompt", num_prompt, rows, ScalarType::Int);
-  const Tensor seed = setting("seeds", seeds, rows, ScalarType::Long);
-  const Tensor position = setting("positions", positions, rows, ScalarType::Long);
-  const Tensor index = setting("sample_index", sample_index, rows, ScalarType::Long);
-  check_history(past, bounds, prompt, vocabulary);
-  const Tensor bits = mask.has_value() ? allowed(*mask, rows, vocabulary) : past;
-  const Tensor tokens = empty(seed, {rows});
+  const Settings settings(kOp, rows, vocabulary, temperature, top_k, top_p, min_p, repetition, presence,
+                          frequency, history, cu_history, num_prompt, seeds, positions, sample_index);
+  const Tensor bits = mask.has_value() ? allowed(kOp, *mask, rows, vocabulary) : settings.history;
+  const Tensor tokens = empty(settings.seeds, {rows});
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
     SampleParams<T> params{};
+    settings.fill(params, vocabulary);
     params.logits = read<T>(table.tensor);
-    params.temperature = read<float>(t);
-    params.top_p = read<float>(share);
-    params.min_p = read<float>(floor);
-    params.top_k = read<int32_t>(k);
-    params.repetition = read<float>(repeated);
-    params.presence = read<float>(present);
-    params.frequency = read<float>(frequent);
-    params.history = read<int32_t>(past);
-    params.cu_history = read<int32_t>(bounds);
-    params.num_prompt = read<int32_t>(prompt);
-    params.seeds = read<int64_t>(seed);
-    params.positions = read<int64_t>(position);
-    params.sample_index = read<int64_t>(index);
     params.mask = mask.has_value() ? read<int32_t>(bits) : nullptr;
     params.tokens = write<int64_t>(tokens);
-    params.vocabulary = vocabulary;
     params.logits_stride = table.stride;
     for_items(rows, 16 * vocabulary, [&](int64_t begin, int64_t end) {
       const Workspace workspace(vocabulary);
       SampleParams<T> mine = params;
-      mine.row = workspace.row.get();
-      mine.candidates = workspace.candidates.get();
-      mine.counts = workspace.counts.get();
+      workspace.lend(mine);
       cpu::sample(mine, begin, end);
     });
   });

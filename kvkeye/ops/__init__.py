@@ -45,6 +45,7 @@ from kvkeye.ops.rope import (
     rope_2d_backward,
 )
 from kvkeye.ops.sampling import sample
+from kvkeye.ops.speculative import verify_draft
 from kvkeye.ops.video_fusion import (
     blend_tiles,
     blend_tiles_backward,
@@ -130,4 +131,5 @@ __all__ = [
     "values_per_word",
     "varlen_attention",
     "varlen_attention_backward",
+    "verify_draft",
 ]

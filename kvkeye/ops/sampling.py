@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -25,18 +25,23 @@ def _rows_fit(
     if logits.dim() != 2 or logits.shape[1] == 0:
         yield f"logits is {tuple(logits.shape)}; expected [B, V]"
         return
-    given = locals()
+    yield from settings_fit(locals(), logits.shape[0], logits.shape[0])
+
+
+def settings_fit(given: dict[str, Any], batch: int, rows: int) -> Iterator[str]:
+    """What is wrong with the settings of `batch` draws and the mask of `rows` rows of logits, by argument name."""
     for name, dtype in _PER_ROW.items():
         tensor = given[name]
-        if tensor.dtype != dtype or tuple(tensor.shape) != (logits.shape[0],):
-            yield f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} [{logits.shape[0]}]"
-    if cu_history.dtype != torch.int32 or tuple(cu_history.shape) != (logits.shape[0] + 1,):
-        yield f"cu_history is {cu_history.dtype} {tuple(cu_history.shape)}; expected int32 [{logits.shape[0] + 1}]"
+        if tensor.dtype != dtype or tuple(tensor.shape) != (batch,):
+            yield f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} [{batch}]"
+    cu_history, history, mask = given["cu_history"], given["history"], given["mask"]
+    if cu_history.dtype != torch.int32 or tuple(cu_history.shape) != (batch + 1,):
+        yield f"cu_history is {cu_history.dtype} {tuple(cu_history.shape)}; expected int32 [{batch + 1}]"
     if history.dtype != torch.int32 or history.dim() != 1:
         yield f"history is {history.dtype} {tuple(history.shape)}; expected int32 [S]"
-    words = -(-logits.shape[1] // 32)
-    if mask is not None and (mask.dtype != torch.int32 or tuple(mask.shape) != (logits.shape[0], words)):
-        yield f"mask is {mask.dtype} {tuple(mask.shape)}; expected int32 [{logits.shape[0]}, {words}]"
+    words = -(-given["logits"].shape[1] // 32)
+    if mask is not None and (mask.dtype != torch.int32 or tuple(mask.shape) != (rows, words)):
+        yield f"mask is {mask.dtype} {tuple(mask.shape)}; expected int32 [{rows}, {words}]"
 
 
 @op(requires=_rows_fit)
@@ -79,25 +84,28 @@ def sample(
     for b in range(logits.shape[0]):
         row = logits[b].double()
         if mask is not None:
-            row = row.masked_fill(~_allowed(mask[b], row.shape[0]), -math.inf)
+            row = keep_allowed(row, mask[b])
         past = history[bounds[b] : bounds[b + 1]].long()
-        row = _penalised(row, past, int(num_prompt[b]), float(repetition[b]), float(presence[b]), float(frequency[b]))
+        row = penalise(row, past, int(num_prompt[b]), float(repetition[b]), float(presence[b]), float(frequency[b]))
         u = philox.uniform(int(seeds[b]), int(positions[b]), philox.SAMPLE, int(sample_index[b]))
-        rows.append(_draw(row, float(temperature[b]), int(top_k[b]), float(top_p[b]), float(min_p[b]), u))
+        found = masses(row, float(temperature[b]), int(top_k[b]), float(top_p[b]), float(min_p[b]))
+        rows.append(found if isinstance(found, int) else pick(found, u))
     return torch.tensor(rows, dtype=torch.int64, device=logits.device)
 
 
 sample.fake(lambda logits, *rest: torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device))
 
 
-def _allowed(words: Tensor, vocabulary: int) -> Tensor:
+def keep_allowed(row: Tensor, words: Tensor) -> Tensor:
+    """-inf where the bit of a token is not set. row [V], words [ceil(V / 32)]."""
     bits = words[:, None] >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
-    return bits.flatten()[:vocabulary].bool()
+    return row.masked_fill(~bits.flatten()[: row.shape[0]].bool(), -math.inf)
 
 
-def _penalised(
+def penalise(
     row: Tensor, past: Tensor, num_prompt: int, repetition: float, presence: float, frequency: float
 ) -> Tensor:
+    """row [V] fp64 after the penalties for the tokens of `past`, of which the first num_prompt are the prompt."""
     if past.numel() == 0:
         return row
     seen = torch.zeros_like(row, dtype=torch.bool)
@@ -110,7 +118,9 @@ def _penalised(
     return row
 
 
-def _draw(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
+def masses(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> int | Tensor:
+    """What may be drawn, [V] relative to the likeliest token and 0 elsewhere; or the token itself where nothing is left
+    to chance, -1 for none. row [V] fp64."""
     peak = float(row.max())
     if not math.isfinite(peak) or bool(row.isnan().any()):
         return -1
@@ -131,9 +141,14 @@ def _draw(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: floa
             kept[0] = True
         keep = torch.zeros_like(keep).scatter(0, order, kept)
     keep &= probability >= min_p  # the largest probability is exp(0) = 1
-    mass = torch.cumsum(probability * keep, 0)
-    index = int((mass <= u * float(mass[-1])).sum())
-    return min(index, int(keep.nonzero()[-1]))
+    return probability * keep
+
+
+def pick(mass: Tensor, u: float) -> int:
+    """The first token whose cumulated mass exceeds u times the total, by inverse CDF in vocabulary order. mass [V]."""
+    cumulated = torch.cumsum(mass, 0)
+    index = int((cumulated <= u * float(cumulated[-1])).sum())
+    return min(index, int(mass.nonzero()[-1]))
 
 
 sample.implement("cpp")

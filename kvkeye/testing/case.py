@@ -22,6 +22,7 @@ FAMILIES = (
     "kv_cache",
     "attention",
     "sampling",
+    "speculative",
     "loss",
     "video_fusion",
     "rollout",

@@ -12,6 +12,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 #: Kinds of draw.
 SAMPLE = 0
+_ACCEPT = 1
+
+
+def accept_draw(sibling: int) -> int:
+    """The kind of draw that decides on draft number `sibling` of a position."""
+    return _ACCEPT + (sibling << 8)
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

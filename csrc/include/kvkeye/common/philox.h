@@ -12,7 +12,12 @@
 namespace kvkeye {
 
 // Kinds of draw, the third word of the counter.
-enum class Draw : uint32_t { sample = 0 };
+enum class Draw : uint32_t { sample = 0, accept = 1 };
+
+// Whether the draft number `sibling` at this position is accepted.
+KVKEYE_PHILOX Draw accept_draw(int sibling) {
+  return (Draw)((uint32_t)Draw::accept + ((uint32_t)sibling << 8));
+}
 
 struct PhiloxBlock {
   uint32_t word[4];

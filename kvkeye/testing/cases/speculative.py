@@ -1,0 +1,93 @@
+"""Cases of the speculative family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kvkeye.testing.case import Bad, Case, Cost, Sample, cases
+
+_DEFAULTS: dict[str, tuple[float, torch.dtype]] = {
+    "temperature": (1.0, torch.float32), "top_k": (0, torch.int32), "top_p": (1.0, torch.float32),
+    "min_p": (0.0, torch.float32), "repetition": (1.0, torch.float32), "presence": (0.0, torch.float32),
+    "frequency": (0.0, torch.float32),
+}  # fmt: skip
+# A lone root, a chain, a root with three children, a bush, two levels.
+_TREES = ([-1], [-1, 0, 1, 2, 3], [-1, 0, 0, 0], [-1, 0, 1, 1, 2, 0, 5, 5], [-1, 0, 0, 1, 2])
+
+
+def verify_call(
+    sample: Sample,
+    logits: torch.Tensor,
+    trees: tuple[list[int], ...],
+    probable: bool = False,
+    mask: torch.Tensor | None = None,
+    **given: Any,
+) -> tuple[Any, ...]:
+    """Arguments of verify_draft over trees given by their parents; proposals are among the four likeliest tokens."""
+    batch, vocabulary = len(trees), logits.shape[1]
+    parents = [parent for tree in trees for parent in tree]
+    bounds = torch.tensor([0, *map(len, trees)]).cumsum(0).tolist()
+    likely = logits.double().nan_to_num(0, 0, 0).topk(min(4, vocabulary)).indices.cpu()
+    tokens, siblings = [0] * len(parents), [0] * len(parents)
+    for first, tree in zip(bounds, trees, strict=False):
+        for row, parent in enumerate(tree):
+            if row:
+                place = siblings[first + parent] % likely.shape[1]
+                tokens[first + row] = int(likely[first + parent, place])
+                siblings[first + parent] += 1
+    settings = [
+        sample.tensor([given.get(name, default)] * batch, dtype) for name, (default, dtype) in _DEFAULTS.items()
+    ]
+    lengths = [3 * (b % 3) for b in range(batch)]
+    history = sample.integers(0, vocabulary, sum(lengths), dtype=torch.int32)
+    past = sample.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], torch.int32)
+    shares = (logits.float().nan_to_num(0, 0, 0) + sample.fp32(*logits.shape)).softmax(-1) if probable else None
+    return (
+        logits, sample.tensor(tokens, torch.int64), sample.tensor(parents, torch.int32),
+        sample.tensor(bounds, torch.int32), shares, *settings, history, past,
+        sample.tensor([n // 2 for n in lengths], torch.int32), sample.integers(-(2**60), 2**60, batch),
+        sample.integers(0, 2**40, batch), sample.integers(0, 8, batch), mask,
+    )  # fmt: skip
+
+
+@cases("verify_draft")
+def _(sample: Sample) -> Iterator[Case | Bad]:
+    rows = sum(map(len, _TREES))
+    settings: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "greedy": {"temperature": 0.0},
+        "cold": {"temperature": 0.3, "top_k": 20, "top_p": 0.95},
+        "penalties": {"repetition": 1.3, "presence": 0.5, "frequency": 0.25, "temperature": 0.4},
+        "penalties_greedy": {"repetition": 1.3, "frequency": 0.5, "temperature": 0.0},
+        "min_p": {"min_p": 0.2},
+    }
+    for name, given in settings.items():
+        yield Case(name, verify_call(sample, sample(rows, 97, scale=3.0), _TREES, **given))
+        yield Case(name + "_probable", verify_call(sample, sample(rows, 97, scale=3.0), _TREES, True, **given))
+    chain = [*range(-1, 63)]
+    yield Case("64_rows", verify_call(sample, sample(64, 30, scale=9.0), (chain,), temperature=0.0))
+    yield Case("wide", verify_call(sample, sample(64, 30, scale=2.0), ([-1] + [0] * 63,), True))
+    yield Case("no_trees", verify_call(sample, sample(0, 30), ()))
+    yield Case("empty_tree", verify_call(sample, sample(3, 30), ([-1, 0], [], [-1])))
+    broken = sample(rows, 40, scale=3.0)
+    broken[0, 3], broken[1, 0], broken[2, :] = float("nan"), float("inf"), float("-inf")
+    yield Case("broken_rows", verify_call(sample, broken, _TREES, temperature=0.1))
+    mask = sample.integers(-(2**31), 2**31, rows, 2, dtype=torch.int32)
+    mask[1] = 0
+    yield Case("mask", verify_call(sample, sample(rows, 40, scale=2.0), _TREES, mask=mask))
+    yield Case("mask_probable", verify_call(sample, sample(rows, 40, scale=2.0), _TREES, True, mask=mask))
+    if sample.big:
+        trees = ([*range(-1, 8)],) * 8
+        args = verify_call(sample, sample(72, 151936, scale=3.0), trees, temperature=0.6, top_k=20, top_p=0.95)
+        yield Case("8x9x151936", args, Cost(bytes=72 * 151936 * sample.itemsize), small=False, bench=True)
+    good = list(verify_call(sample, sample(5, 40), ([-1, 0, 1], [-1, 0]), True))
+    yield Bad("logits", (sample(40), *good[1:]), "expected [R, V]")
+    yield Bad("tokens", (good[0], good[1].int(), *good[2:]), "draft_tokens is")
+    yield Bad("parents", (*good[:2], good[2][:3], *good[3:]), "tree_parents is")
+    yield Bad("bounds", (*good[:3], good[3].long(), *good[4:]), "expected int32 [B + 1]")
+    yield Bad("probabilities", (*good[:4], good[4][:2], *good[5:]), "draft_probs is")
+    yield Bad("temperature", (*good[:5], good[5].double(), *good[6:]), "temperature is")
+    yield Bad("mask", (*good[:18], sample.integers(0, 1, 2, 2, dtype=torch.int32)), "expected int32 [5, 2]")
