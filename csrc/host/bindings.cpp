@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include "block_pool.h"
+#include "ngram_index.h"
 
 namespace py = pybind11;
 using kvkeye::BlockPool;
+using kvkeye::NgramIndex;
 
 namespace {
 
@@ -16,7 +18,8 @@ std::vector<std::string> to_keys(const std::vector<py::bytes>& keys) {
 } // namespace
 
 PYBIND11_MODULE(_host, module) {
-  module.doc() = "Native host structures of kvkeye; kvkeye._host_py is their pure-Python twin.";
+  module.doc() = "Native host structures of kvkeye; kvkeye._host_py and kvkeye._host_ngram_py are their "
+                 "pure-Python twins.";
   py::class_<BlockPool>(module, "BlockPool")
       .def(py::init<int64_t>(), py::arg("num_blocks"))
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
@@ -46,4 +49,13 @@ PYBIND11_MODULE(_host, module) {
       .def("evict", &BlockPool::evict, py::arg("count"))
       .def("clear", &BlockPool::clear)
       .def("check", &BlockPool::check);
+  py::class_<NgramIndex>(module, "NgramIndex")
+      .def(py::init<int64_t, int64_t, int64_t>(), py::arg("min_length"), py::arg("max_length"),
+           py::arg("max_candidates"))
+      .def_property_readonly("size", &NgramIndex::size)
+      .def("append", &NgramIndex::append, py::arg("tokens"))
+      .def("keep_last", &NgramIndex::keep_last, py::arg("count"))
+      .def("propose", &NgramIndex::propose, py::arg("num_tokens"), py::arg("width"))
+      .def("propose_after", &NgramIndex::propose_after, py::arg("tail"), py::arg("num_tokens"),
+           py::arg("width"));
 }

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "kvkeye"
 #: Layer of each sub-package; a module imports its own layer's package or a lower layer.
 LAYERS = {
     "cli": 7, "serve": 6, "integrations": 6, "engine": 5, "video": 5, "train": 5, "models": 4, "media": 4,
-    "layers": 3, "ops": 2, "triton_kernels": 1, "host": 1, "_host_py": 0, "_host": 0,
+    "layers": 3, "ops": 2, "triton_kernels": 1, "host": 1, "_host_py": 0, "_host_ngram_py": 0, "_host": 0,
     "env": 0, "errors": 0, "utils": 0, "__init__": 0,
 }  # fmt: skip
 PEERS = {("serve", "integrations"), ("engine", "video"), ("engine", "train"), ("video", "train")}
