@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvkeye.video.config import KStepConfig, VideoMergeConfig
+    from kvkeye.video.fusion import apply_videomerge, remove_videomerge
     from kvkeye.video.progress import VideoCancelled
 
 _PUBLIC = {
     "KStepConfig": "kvkeye.video.config",
     "VideoCancelled": "kvkeye.video.progress",
     "VideoMergeConfig": "kvkeye.video.config",
+    "apply_videomerge": "kvkeye.video.fusion",
+    "remove_videomerge": "kvkeye.video.fusion",
 }
-__all__ = ["KStepConfig", "VideoCancelled", "VideoMergeConfig"]
+__all__ = ["KStepConfig", "VideoCancelled", "VideoMergeConfig", "apply_videomerge", "remove_videomerge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kvkeye import ops
 from kvkeye.errors import ConfigError
 from kvkeye.video.config import VideoMergeConfig
 
@@ -45,9 +46,11 @@ def _one_stream(
         return base
     device = noise.device if generator is None else generator.device
     fresh = torch.randn(noise.shape, generator=generator, device=device, dtype=torch.float32).to(noise.device)
-    keep, add = refresh_weights(noise.shape[-3], config.refresh)
-    low = low_pass((noise.shape[-3], noise.shape[-2], noise.shape[-1]), config)
-    return blend_high(base.float(), fresh, 1 - low.to(noise.device), keep, add).to(noise.dtype)
+    keep, gain = (weights.float().to(noise.device) for weights in refresh_weights(noise.shape[-3], config.refresh))
+    refreshed: Tensor = ops.spectral_refresh(
+        base, fresh.to(base.dtype), keep, gain, config.spatial_cutoff, config.temporal_cutoff, config.order
+    )
+    return refreshed
 
 
 def shuffled_sources(num_frames: int, tile: int, hop: int, generator: torch.Generator | None) -> Tensor:
@@ -70,31 +73,6 @@ def refresh_weights(num_frames: int, most: float) -> tuple[Tensor, Tensor]:
     w = most * torch.linspace(0, 1, num_frames, dtype=torch.float64)
     norm = (w.square() + (1 - w).square()).sqrt()
     return (1 - w) / norm, w / norm
-
-
-def low_pass(shape: tuple[int, int, int], config: VideoMergeConfig) -> Tensor:
-    """Butterworth response on the frequencies of an unshifted FFT, 1 at the Nyquist frequency: fp32 [T, h, w].
-
-    Even in every frequency for any size, so that real noise stays real.
-    """
-    t, h, w = (torch.fft.fftfreq(size, dtype=torch.float64) * 2 for size in shape)
-    ratio = config.spatial_cutoff / config.temporal_cutoff
-    distance: Tensor = (ratio * t).square()[:, None, None] + h.square()[:, None] + w.square()  # squared, [T, h, w]
-    response: Tensor = 1 / (1 + (distance / config.spatial_cutoff**2) ** config.order)
-    return response.float()
-
-
-def blend_high(base: Tensor, fresh: Tensor, high_pass: Tensor, keep: Tensor, add: Tensor) -> Tensor:
-    """base + (keep - 1) high(base) + add high(fresh), the weights over time applied after the inverse transform.
-
-    Shapes     base, fresh [..., T, h, w] fp32  high_pass [T, h, w]  keep, add [T]
-    """
-    # Both are real and the response is even: one complex transform carries the two.
-    spectrum = torch.fft.fftn(torch.complex(base, fresh), dim=(-3, -2, -1))
-    high = torch.fft.ifftn(spectrum * high_pass, dim=(-3, -2, -1))
-    keep, add = (weight.to(base)[:, None, None] for weight in (keep, add))
-    mixed: Tensor = base + (keep - 1) * high.real + add * high.imag
-    return mixed
 
 
 def _per_clip(generator: Generators, batch: int) -> list[torch.Generator] | None:
