@@ -88,7 +88,9 @@ blend_tiles.fake(
         outputs.shape[2], num_frames, *outputs.shape[4:]
     )
 )
+blend_tiles.implement("cpp")
 blend_tiles_backward = blend_tiles.differentiate("outputs", "weights")
+blend_tiles_backward.implement("cpp")
 
 
 def _step_fits(
@@ -123,7 +125,9 @@ def fuse_tiles(
 
 
 fuse_tiles.fake(lambda outputs, starts, weights, latent, guidance, dsigma: wide(latent).new_empty(latent.shape))
+fuse_tiles.implement("cpp")
 fuse_tiles_backward = fuse_tiles.differentiate("outputs", "weights", "latent")
+fuse_tiles_backward.implement("cpp")
 
 
 def _attention_fits(
