@@ -239,7 +239,7 @@ def _filtered(x: Tensor, mask: Tensor) -> Tensor:
     if x.numel() == 0:
         return x
     axes = (-3, -2, -1)
-    spectrum: Tensor = torch.fft.rfftn(x, dim=axes) * mask.to(x.dtype)
+    spectrum = torch.fft.rfftn(x, dim=axes).mul_(mask.to(x.dtype))
     filtered: Tensor = torch.fft.irfftn(spectrum, s=x.shape[-3:], dim=axes)
     return filtered
 
@@ -287,6 +287,16 @@ def spectral_blend_backward(
     return low.to(grad.dtype), (wide(grad) - low).to(grad.dtype)
 
 
+def _not_separable(*args: Tensor | float) -> Iterator[str]:
+    if args[-1] != 0:
+        yield f"butterworth_order is {args[-1]}; only the Gaussian (0) is a product of one filter per axis"
+    sides = args[0].shape[-3:] if isinstance(args[0], Tensor) else ()
+    if max(sides) > 512:
+        yield f"the sizes are {tuple(sides)}; above 512 a transform takes less than a matrix product"
+
+
+spectral_blend.implement("cpp", refuses=_not_separable)
+spectral_blend_backward.implement("cpp", refuses=_not_separable)
 spectral_blend.differentiate(
     "low", "high", backward=spectral_blend_backward, save=("cutoff_space", "cutoff_time", "butterworth_order")
 )
