@@ -208,7 +208,9 @@ def _attention_fake(
 
 
 tile_attention.fake(_attention_fake)
+tile_attention.implement("cpp")
 tile_attention_backward = tile_attention.differentiate("q", "k", "v", "weights", outputs=("out_1",))
+tile_attention_backward.implement("cpp")
 
 
 def _filter_fits(sizes: Sequence[int], cutoff_space: float, cutoff_time: float, order: int) -> Iterator[str]:

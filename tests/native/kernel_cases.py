@@ -162,7 +162,27 @@ def linear(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "prepacked_linear", (r(3, 0), pack(r(5, 0), 1, values), r(5), 5)
 
 
-FAMILIES = (norm, activation, linear, rope, kv_cache, vision, attention_merge, loss)
+def video_fusion(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for branches, tiles, length, frames, height, width in (
+        (1, 3, 4, 9, 3, 5),
+        (2, 4, 5, 11, 4, 33),
+        (2, 2, 3, 3, 8, 16),
+    ):
+        starts = torch.randperm(frames, generator=r.generator)[:tiles].int() - 2
+        outputs, weights = r(branches, tiles, 2, length, height, width + 1)[..., 1:], r.fp32(tiles, length)
+        guidance = 1.0 if branches == 1 else 3.5
+        latent, grad = r.fp32(2, frames, height, width), r.fp32(2, frames, height, width)
+        yield "blend_tiles", (outputs, starts, weights, frames, guidance)
+        yield "blend_tiles_backward", (grad, outputs, starts, weights, frames, guidance)
+        yield "fuse_tiles", (outputs, starts, weights, latent, guidance, -0.1)
+        yield "fuse_tiles_backward", (grad, outputs, starts, weights, latent, guidance, -0.1)
+    for shape in ((1, 1, 1, 1), (2, 5, 7, 9), (1, 16, 13, 70)):
+        low, high = r(*shape), r(*shape[:-1], shape[-1] + 2)[..., 2:]
+        yield "spectral_blend", (low, high, 0.25, 0.4, 0)
+        yield "spectral_blend_backward", (high, 0.25, 0.4, 0)
+
+
+FAMILIES = (norm, activation, linear, rope, kv_cache, vision, attention_merge, loss, video_fusion)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -44,6 +44,15 @@ def test_every_kernel_against_float64(isa: str) -> None:
     assert result.stdout.startswith(f"{isa}:")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_tile_attention_by_its_case_table(isa: str) -> None:
+    rows = ["tests/ops/test_conformance.py", "-k", "tile_attention and cpp and values"]
+    result = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *rows], isa)
+    if "does not support it" in result.stdout:
+        pytest.skip(f"this CPU has no {isa}")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:] + result.stderr[-2000:]
+
+
 @pytest.mark.parametrize("isa", ["AVX2 "])
 def test_unknown_instruction_set_is_refused_by_name(isa: str) -> None:
     result = run(ASK, isa)
