@@ -190,6 +190,16 @@ def check_tile(adapter: Adapter, module: Any, tile: int) -> None:
         )
 
 
+def check_clip(adapter: Adapter, module: Any, num_frames: int) -> None:
+    """Raises ConfigError where one pass over the whole clip would leave the positional table."""
+    limit = adapter.limit(module)
+    if limit is not None and num_frames > limit:
+        raise ConfigError(
+            f"{adapter.family}: a clip of {num_frames} latent frames; the positional table of this model holds {limit}. "
+            "Make a shorter clip, or one from tiles in latent mode."
+        )
+
+
 def cut(x: Tensor, where: TimeAxis, start: int, length: int) -> Tensor:
     """The frames [start, start + length) of a tensor, modulo its length; a view where they do not wrap."""
     axis, num = where.axis, x.shape[where.axis]

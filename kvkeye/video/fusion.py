@@ -1,4 +1,4 @@
-"""VideoMerge in latent space: a hook on the denoiser that runs it tile by tile and averages what comes out.
+"""VideoMerge: a hook on the denoiser that runs it tile by tile and averages what comes out, or averages in attention.
 
 The pipeline's own loop, scheduler, guidance, callbacks and offloading stay. One prediction for the whole clip goes to
 the scheduler, in fp32, so that multistep solvers keep one state and stochastic ones draw noise once.
@@ -26,7 +26,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from kvkeye import ops
-from kvkeye.video.adapters import Adapter, TimeAxis, adapter_of, check_tile, cut, denoisers
+from kvkeye.video.adapters import Adapter, TimeAxis, adapter_of, check_clip, check_tile, cut, denoisers
+from kvkeye.video.attention import TilePlace, self_attentions, use_kvkeye_attention
 from kvkeye.video.config import VideoMergeConfig
 from kvkeye.video.long_latents import long_prepare_latents
 from kvkeye.video.overrides import replace_method
@@ -99,6 +100,8 @@ class TileHook(ModelHook):  # type: ignore[misc]
             return self.fn_ref.original_forward(*args, **kwargs)
         step = run.begin_pass(arguments["timestep"])
         plan = plan_tiles(num_frames, tile, config.resolved_overlap(tile), config.schedule, step)
+        if config.mode == "attention":
+            return self._attend(module, plan, *args, **kwargs)
         embeds = None
         if run.prompts is not None:
             embeds = run.prompts.per_tile(plan, plan_tiles(num_frames, tile, plan.overlap), arguments)
@@ -106,6 +109,18 @@ class TileHook(ModelHook):  # type: ignore[misc]
         axis = adapter.axes(module, arguments)["hidden_states"]
         fused = fuse(outputs, plan, plan.weights(config.window), axis)
         return (fused,) if not arguments.get("return_dict", True) else Transformer2DModelOutput(sample=fused)
+
+    def _attend(self, module: Any, plan: TilePlan, *args: Any, **kwargs: Any) -> Any:
+        """One pass over the whole clip, with tiles inside self-attention."""
+        check_clip(self.run.adapter, module, plan.num_frames)
+        self.run.report(0, 1)
+        place = TilePlace()
+        place.enter(plan, self.run.config.window, next(module.parameters()).device)
+        undo = use_kvkeye_attention(module, place)
+        try:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        finally:
+            undo()
 
     def _outputs(
         self, module: Any, arguments: dict[str, Any], plan: TilePlan, embeds: list[dict[str, Tensor]] | None
@@ -204,6 +219,8 @@ def apply_videomerge(pipe: Any, config: VideoMergeConfig | None = None) -> Any:
         tile = config.resolved_tile(adapter.native(module))
         config.resolved_overlap(tile)
         check_tile(adapter, module, tile + config.anchor)
+        if config.mode == "attention":
+            self_attentions(module)
     remove_videomerge(pipe)
     run = Run(pipe, adapter, config)
     run.undo.append(replace_method(pipe, "prepare_latents", long_prepare_latents(pipe, adapter, config, modules[0])))
