@@ -195,8 +195,8 @@ def check_clip(adapter: Adapter, module: Any, num_frames: int) -> None:
     limit = adapter.limit(module)
     if limit is not None and num_frames > limit:
         raise ConfigError(
-            f"{adapter.family}: a clip of {num_frames} latent frames; the positional table of this model holds {limit}. "
-            "Make a shorter clip, or one from tiles in latent mode."
+            f"{adapter.family}: a clip of {num_frames} latent frames; the positional table of this model holds "
+            f"{limit}. Make a shorter clip, or one from tiles in latent mode."
         )
 
 

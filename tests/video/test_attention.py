@@ -74,7 +74,7 @@ def test_a_clip_beyond_the_positional_table_is_refused():
     pipe = tiny.wan()
     pipe.transformer = tiny.wan_transformer(max_len=8)
     apply_videomerge(pipe, VideoMergeConfig(tile=3, overlap=2, mode="attention"))
-    with pytest.raises(ConfigError, match="clip of 9 latent frames; .* holds 8"):
+    with pytest.raises(ConfigError, match=r"clip of 9 latent frames; .* holds 8"):
         pipe(**tiny.wan_call(33))
 
 
@@ -111,14 +111,17 @@ def test_a_low_rank_adapter_trains_through_blended_tiles():
     place = TilePlace()
     place.enter(plan_tiles(6, 3, 2), "sine", torch.device("cpu"))
     use_kvkeye_attention(model, place)
-    factors = []
+    factors, draw = [], torch.Generator().manual_seed(1)
     for block in model.blocks:
-        down = torch.nn.Parameter(torch.randn(24, 4, generator=torch.Generator().manual_seed(1)) * 0.2)
-        up = torch.nn.Parameter(torch.zeros(4, 24))
+        down = torch.nn.Parameter(torch.randn(24, 4, generator=draw) * 0.3)
+        up = torch.nn.Parameter(torch.randn(4, 24, generator=draw))
         factors += [down, up]
         block.attn1.to_v.register_forward_hook(lambda m, args, out, a=down, b=up: out + args[0] @ a @ b)
     data = inputs(6)
-    target = model(**data).sample.detach() + 0.1 * torch.tanh(data["hidden_states"])
+    target = model(**data).sample.detach()  # of an adapter that is then forgotten
+    with torch.no_grad():
+        for up in factors[1::2]:
+            up.zero_()
     optimizer = torch.optim.Adam(factors, 2e-2)
     losses = []
     for _ in range(20):
@@ -127,4 +130,4 @@ def test_a_low_rank_adapter_trains_through_blended_tiles():
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
