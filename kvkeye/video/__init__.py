@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from kvkeye.video.config import KStepConfig, VideoMergeConfig
     from kvkeye.video.fusion import apply_videomerge, remove_videomerge
     from kvkeye.video.progress import VideoCancelled
+    from kvkeye.video.rollout import ChunkRollout
 
 _PUBLIC = {
+    "ChunkRollout": "kvkeye.video.rollout",
     "KStepConfig": "kvkeye.video.config",
     "VideoCancelled": "kvkeye.video.progress",
     "VideoMergeConfig": "kvkeye.video.config",
     "apply_videomerge": "kvkeye.video.fusion",
     "remove_videomerge": "kvkeye.video.fusion",
 }
-__all__ = ["KStepConfig", "VideoCancelled", "VideoMergeConfig", "apply_videomerge", "remove_videomerge"]
+__all__ = ["ChunkRollout", "KStepConfig", "VideoCancelled", "VideoMergeConfig", "apply_videomerge", "remove_videomerge"]
 
 
 def __getattr__(name: str) -> Any:
