@@ -25,6 +25,8 @@ _PUBLIC = {
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "request",
+    "SpeculationConfig": "config",
+    "SpeculationMetrics": "outputs",
 }
 __all__ = [
     "LLM",
@@ -35,6 +37,8 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "SpeculationConfig",
+    "SpeculationMetrics",
 ]
 
 

@@ -9,10 +9,20 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Protocol
 
 from kvkeye.engine.detokenize import Detokenizer, StopStrings
-from kvkeye.engine.outputs import STAGES, CompletionOutput, Logprob, OnStage, RequestMetrics, RequestOutput, Stage
+from kvkeye.engine.outputs import (
+    STAGES,
+    CompletionOutput,
+    Logprob,
+    OnStage,
+    RequestMetrics,
+    RequestOutput,
+    SpeculationMetrics,
+    Stage,
+)
 from kvkeye.engine.request import Request, SamplingParams, Sequence, State
 
 Decode = Callable[[list[int]], str]
@@ -108,6 +118,7 @@ class Tracker:
         new_parser: Callable[[], Parser] | None,
         prepare_ms: float,
         on_stage: OnStage | None = None,
+        speculation: Callable[[], SpeculationMetrics | None] = lambda: None,
     ) -> None:
         self.request = request
         self.times = Times()
@@ -118,6 +129,7 @@ class Tracker:
         self._new_parser = new_parser
         self._prepare_ms = prepare_ms
         self._on_stage = on_stage
+        self._speculation = speculation
         self._answers: dict[int, Answer] = {}
 
     def enter(self, stage: Stage) -> None:
@@ -133,20 +145,28 @@ class Tracker:
             except Exception:
                 logger.exception("request %s: its on_stage failed", self.request.request_id)
 
-    def push(self, seq: Sequence, logprobs: dict[int, Logprob] | None) -> bool:
-        """Takes the row's newest token if it has one; True if a stop string ends the row now."""
+    def push(self, seq: Sequence, logprobs: list[dict[int, Logprob] | None]) -> bool:
+        """Takes the row's new tokens, if any, with their log-probabilities; True if a stop string ends the row now.
+
+        What follows a stop string within a step is taken back: without proposals it would never have been drawn.
+        """
         answer = self._answers.get(seq.index)
         if answer is None:
             parser = self._new_parser() if self._new_parser else None
             answer = self._answers[seq.index] = Answer(seq.index, self.request.sampling, self._decode, parser)
-        if seq.num_generated > answer.num_tokens:
+        fresh = seq.tokens[seq.num_prompt + answer.num_tokens :]
+        if fresh:
             self.times.last_token = time.perf_counter()
             self.times.first_token = self.times.first_token or self.times.last_token
-            answer.push(seq.tokens[-1], logprobs, is_hidden=seq.finish_reason == "stop")
+        for left, token, values in zip(range(len(fresh) - 1, -1, -1), fresh, chain(logprobs, repeat(None))):
+            answer.push(token, values, is_hidden=left == 0 and seq.finish_reason == "stop")
+            if left and isinstance(answer.stop_reason, str):
+                del seq.tokens[-left:]
+                break
         if seq.state is not State.FINISHED:
             return isinstance(answer.stop_reason, str)
         answer.close()
-        if isinstance(answer.stop_reason, str):  # came up with the last token allowed
+        if isinstance(answer.stop_reason, str):  # came up with the last token allowed, or before what ended the row
             seq.finish_reason = "stop"
         return False
 
@@ -189,6 +209,7 @@ class Tracker:
             decode_ms=decode_ms,
             ttft_ms=_ms(times.arrival, times.first_token),
             tokens_per_s=1e3 * num_decoded / decode_ms if decode_ms and num_decoded > 0 else None,
+            speculation=self._speculation(),
         )
 
 

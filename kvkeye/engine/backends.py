@@ -15,6 +15,7 @@ logger = logging.getLogger("kvkeye.engine")
 # Every op of a forward pass, sampling included.
 SERVING_OPS = (
     "add_rms_norm",
+    "append_kv",
     "copy_blocks",
     "gelu",
     "interpolate_position",
@@ -29,6 +30,7 @@ SERVING_OPS = (
     "silu_mul",
     "token_logprobs",
     "varlen_attention",
+    "verify_draft",
 )
 
 

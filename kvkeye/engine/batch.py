@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvkeye.engine.draft import branch_masks, depths_of
 from kvkeye.engine.prefix_cache import span_key
 from kvkeye.engine.request import MediaSpan, SamplingParams, Sequence
-from kvkeye.engine.scheduler import Row, Step
+from kvkeye.engine.step import Row, Step
 from kvkeye.models.keye.positions import MediaGrid, MediaKind
 
 
@@ -101,10 +102,9 @@ class MediaUse:
 
 
 @dataclass(frozen=True)
-class SampleBatch:
-    """Arguments of ops.sample, one row per token to draw; see there. `rows` [B] picks the logits."""
+class DrawSettings:
+    """How tokens are drawn, in the order of the arguments of ops.sample; see there. One entry per draw or tree."""
 
-    rows: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
@@ -118,6 +118,40 @@ class SampleBatch:
     seeds: Tensor
     positions: Tensor
     sample_index: Tensor
+
+    def args(self) -> list[Tensor]:
+        return [getattr(self, item.name) for item in fields(self)]
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Tokens to draw, one entry each. `rows` [B] picks the logits."""
+
+    rows: Tensor
+    settings: DrawSettings
+    num_logprobs: list[int | None]
+
+
+@dataclass(frozen=True)
+class VerifyBatch:
+    """Trees of proposals to check, by the arguments of ops.verify_draft; see there.
+
+    rows           [R] int64, of the logits                   draft_tokens  [R] int64
+    tree_parents   [R] int32                                  cu_rows       [B + 1] int32
+    bounds         the same on the host
+    slots          R numbers: where keys and values lie
+    seq_ids, starts, num_logprobs    per tree
+    """
+
+    rows: Tensor
+    draft_tokens: Tensor
+    tree_parents: Tensor
+    cu_rows: Tensor
+    settings: DrawSettings
+    bounds: list[int]
+    slots: list[int]
+    seq_ids: list[int]
+    starts: list[int]
     num_logprobs: list[int | None]
 
 
@@ -130,8 +164,10 @@ class ForwardBatch:
     block_table   [B, M] int32             cu_seqlens_q  [B + 1] int32
     context_lens  [B] int32, new tokens included         slot_mapping  [T] int64
     block_copies  [n, 2] int64 (source, target)
-    logit_rows    [R] int64 into T: the last tokens of the rows that get a next token
-    num_samples   tokens to draw per row of the step
+    tree_mask     [T] int64, or None where every row sees all before it
+    logit_rows    [R] int64 into T: the last tokens of the rows that get a next token, and all proposals
+    num_samples   tokens to draw per row of the step; 0 for rows with proposals
+    verify        the rows with proposals, or None
     """
 
     seq_ids: list[int]
@@ -146,6 +182,8 @@ class ForwardBatch:
     num_samples: list[int]
     media: list[MediaUse]
     sample: SampleBatch
+    tree_mask: Tensor | None = None
+    verify: VerifyBatch | None = None
 
 
 def build_encodings(step: Step, find: Callable[[int], Sequence]) -> EncodeBatch:
@@ -180,15 +218,31 @@ def build(step: Step, find: Callable[[int], Sequence], block_size: int, device: 
         context_lens=ints([row.start + n for row, n in zip(rows, lengths)], torch.int32),
         slot_mapping=ints([slot for row in rows for slot in _slots(row, block_size)], torch.int64),
         block_copies=torch.tensor(step.block_copies, dtype=torch.int64).view(-1, 2).to(device),
-        logit_rows=ints([end - 1 for row, end in zip(rows, bounds[1:]) if row.num_samples], torch.int64),
-        num_samples=[row.num_samples for row in rows],
+        logit_rows=ints([t for row, end in zip(rows, bounds[1:]) for t in _logit_rows(row, end)], torch.int64),
+        num_samples=[0 if row.parents else row.num_samples for row in rows],
         media=[use for row, seq, first in zip(rows, sequences, bounds) for use in _media_uses(row, seq, first)],
         sample=_sample_batch(rows, sequences, device),
+        tree_mask=_tree_mask(rows, device),
+        verify=_verify_batch(rows, sequences, block_size, device) if any(row.parents for row in rows) else None,
     )
 
 
+def _logit_rows(row: Row, end: int) -> range:
+    """Rows of the pass, of which the row's last is end - 1, whose logits are needed."""
+    if row.parents:
+        return range(end - len(row.parents), end)
+    return range(end - 1, end) if row.num_samples else range(0)
+
+
+def _tree_mask(rows: list[Row], device: torch.device) -> Tensor | None:
+    if not any(row.is_branched for row in rows):
+        return None
+    masks = [mask for row in rows for mask in branch_masks(row.parents or range(-1, len(row.tokens) - 1))]
+    return torch.tensor(masks, dtype=torch.int64).to(device)
+
+
 def _positions(rows: list[Row], sequences: list[Sequence]) -> Tensor:
-    """[3, T]: the prompts' own positions, then one step per token on all axes."""
+    """[3, T]: the prompts' own positions, then one step per token on all axes, in trees per level."""
     parts: list[Tensor] = []
     generated: list[int] = []  # of decoding rows, in one tensor: a tensor each would dominate small steps
 
@@ -199,6 +253,10 @@ def _positions(rows: list[Row], sequences: list[Sequence]) -> Tensor:
     for row, seq in zip(rows, sequences):
         prompt: Prompt = seq.request.payload
         end = row.start + len(row.tokens)
+        if row.parents:
+            first = row.start + prompt.position_delta
+            generated += [first + depth for depth in depths_of(row.parents)]
+            continue
         if row.start < seq.num_prompt:
             flush()
             parts.append(prompt.positions[:, row.start : min(end, seq.num_prompt)])
@@ -221,14 +279,67 @@ def _media_uses(row: Row, seq: Sequence, first: int) -> Iterator[MediaUse]:
 
 
 def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.device) -> SampleBatch:
-    """One entry per token to draw. Histories are sent only for rows with penalties."""
-    draws: list[tuple[int, Row, Sequence, int]] = []  # (row of the logits, row, sequence, sample index)
+    """One entry per token to draw."""
+    draws: list[_Draw] = []
+    logit_rows: list[int] = []
     num_logit_rows = 0
     for row, seq in zip(rows, sequences):
-        draws += [(num_logit_rows, row, seq, seq.index + i) for i in range(row.num_samples)]
+        if row.parents:
+            num_logit_rows += len(row.parents)
+            continue
+        draws += [_Draw(seq, row.start + len(row.tokens), seq.index + i) for i in range(row.num_samples)]
+        logit_rows += [num_logit_rows] * row.num_samples
         num_logit_rows += row.num_samples > 0
-    params: list[SamplingParams] = [seq.request.sampling for _, _, seq, _ in draws]
-    histories = [seq.tokens if p.has_penalties else [] for (_, _, seq, _), p in zip(draws, params)]
+    return SampleBatch(
+        rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
+        settings=_settings(draws, device),
+        num_logprobs=[draw.seq.request.sampling.logprobs for draw in draws],
+    )
+
+
+def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int, device: torch.device) -> VerifyBatch:
+    """One tree per row with proposals."""
+    trees: list[tuple[Row, Sequence]] = []
+    logit_rows: list[int] = []
+    num_logit_rows = 0
+    for row, seq in zip(rows, sequences):
+        count = len(row.parents) or (row.num_samples > 0)
+        if row.parents:
+            trees.append((row, seq))
+            logit_rows += range(num_logit_rows, num_logit_rows + count)
+        num_logit_rows += count
+    bounds = list(accumulate((len(row.parents) for row, _ in trees), initial=0))
+
+    def ints(values: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return VerifyBatch(
+        rows=ints(logit_rows, torch.int64),
+        draft_tokens=ints([token for row, _ in trees for token in row.tokens], torch.int64),
+        tree_parents=ints([parent for row, _ in trees for parent in row.parents], torch.int32),
+        cu_rows=ints(bounds, torch.int32),
+        settings=_settings([_Draw(seq, row.start + 1, seq.index) for row, seq in trees], device),
+        bounds=bounds,
+        slots=[slot for row, _ in trees for slot in _slots(row, block_size)],
+        seq_ids=[row.seq_id for row, _ in trees],
+        starts=[row.start for row, _ in trees],
+        num_logprobs=[seq.request.sampling.logprobs for _, seq in trees],
+    )
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The token at `position` of answer number `index`."""
+
+    seq: Sequence
+    position: int
+    index: int
+
+
+def _settings(draws: list[_Draw], device: torch.device) -> DrawSettings:
+    """Histories are sent only for rows with penalties."""
+    params: list[SamplingParams] = [draw.seq.request.sampling for draw in draws]
+    histories = [draw.seq.tokens if p.has_penalties else [] for draw, p in zip(draws, params)]
 
     def floats(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).to(device)
@@ -236,8 +347,7 @@ def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.devi
     def ints(values: list[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
 
-    return SampleBatch(
-        rows=ints([row for row, _, _, _ in draws], torch.int64),
+    return DrawSettings(
         temperature=floats([0.0 if p.is_greedy else p.temperature for p in params]),
         top_k=ints([p.top_k for p in params], torch.int32),
         top_p=floats([p.top_p for p in params]),
@@ -247,9 +357,8 @@ def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.devi
         frequency=floats([p.frequency_penalty for p in params]),
         history=ints([token for tokens in histories for token in tokens], torch.int32),
         cu_history=ints(list(accumulate(map(len, histories), initial=0)), torch.int32),
-        num_prompt=ints([seq.num_prompt if h else 0 for (_, _, seq, _), h in zip(draws, histories)], torch.int32),
-        seeds=ints([seq.request.seed for _, _, seq, _ in draws], torch.int64),
-        positions=ints([row.start + len(row.tokens) for _, row, _, _ in draws], torch.int64),
-        sample_index=ints([index for _, _, _, index in draws], torch.int64),
-        num_logprobs=[p.logprobs for p in params],
+        num_prompt=ints([draw.seq.num_prompt if h else 0 for draw, h in zip(draws, histories)], torch.int32),
+        seeds=ints([draw.seq.request.seed for draw in draws], torch.int64),
+        positions=ints([draw.position for draw in draws], torch.int64),
+        sample_index=ints([draw.index for draw in draws], torch.int64),
     )

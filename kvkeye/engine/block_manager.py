@@ -81,6 +81,11 @@ class BlockManager:
         for index in range(first, seq.num_computed // self.block_size):
             self.pool.publish(seq.block_table[index], hashes[index])
 
+    def trim(self, seq: Sequence) -> None:
+        """Gives up the blocks behind the computed tokens: they were for proposals."""
+        while len(seq.block_table) > ceil_div(seq.num_computed, self.block_size):
+            self.pool.release(seq.block_table.pop())
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Lets `child` share every block of `parent`."""
         for block in parent.block_table:

@@ -2,12 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from kvkeye.errors import ConfigError
 
+SPECULATION_METHODS = ("ngram", "suffix")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How tokens are proposed. What is proposed never changes an answer. Names are vLLM's where vLLM has one.
+
+    method                  "ngram": what stood in the request after the same tokens; "suffix": in recent answers too
+    num_speculative_tokens  proposals per answer and step at most
+    prompt_lookup_min       tokens that must match
+    prompt_lookup_max       tokens that are looked up; longer matches are preferred
+    tree_width              branches below one token; 1 proposes chains
+    adaptive                propose fewer, or nothing, where that is faster by the engine's own measurements
+    suffix_cached_tokens    tokens of recent answers kept per salt by "suffix"
+    """
+
+    method: str = "ngram"
+    num_speculative_tokens: int = 8
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 5
+    tree_width: int = 1
+    adaptive: bool = True
+    suffix_cached_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        if self.method not in SPECULATION_METHODS:
+            raise ConfigError(
+                f"SpeculationConfig.method: got {self.method!r}; expected one of {', '.join(SPECULATION_METHODS)}."
+            )
+        for name, low, high in (
+            ("num_speculative_tokens", 1, 63), ("prompt_lookup_min", 1, 32), ("prompt_lookup_max", 1, 32),
+            ("tree_width", 1, 63), ("suffix_cached_tokens", 1, 2**40),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"SpeculationConfig.{name}: got {value!r}; expected an integer from {low} to {high}.")
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ConfigError(
+                f"SpeculationConfig.prompt_lookup_max: got {self.prompt_lookup_max}; expected at least "
+                f"prompt_lookup_min, {self.prompt_lookup_min}."
+            )
+        if not isinstance(self.adaptive, bool):
+            raise ConfigError(f"SpeculationConfig.adaptive: got {self.adaptive!r}; expected True or False.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +77,8 @@ class EngineConfig:
     prepared_media_memory   bytes of pixels of requests before their first step; above it preparation pauses
     enable_prefix_cache     reuse KV blocks of equal beginnings, answers included
     backends                order of op implementations, e.g. "cpp"; "" leaves the default order
+    speculation             a SpeculationConfig, a mapping of its fields, or None for plain decoding; "auto": n-grams
+                            where proposals cannot change an answer's bits, which is on a CPU with the C++ kernels
     invariant               an answer's bits do not depend on other requests; a warning says where that cannot hold
     seed                    of requests that bring none
     check_every_step        verifies the block accounting after every step (slow)
@@ -55,6 +102,7 @@ class EngineConfig:
     prepared_media_memory: int = 1 << 30
     enable_prefix_cache: bool = True
     backends: str = ""
+    speculation: SpeculationConfig | Mapping[str, Any] | str | None = "auto"
     invariant: bool = True
     seed: int = 0
     check_every_step: bool = False
@@ -80,6 +128,7 @@ class EngineConfig:
         self._check_count("prepared_media_memory", low=0)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"EngineConfig.block_size: got {self.block_size}; expected a power of two, e.g. 32.")
+        object.__setattr__(self, "speculation", _speculation(self.speculation))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"EngineConfig.seed: got {self.seed!r}; expected an integer.")
 
@@ -87,3 +136,20 @@ class EngineConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ConfigError(f"EngineConfig.{name}: got {value!r}; expected an integer of at least {low}.")
+
+
+def _speculation(given: object) -> SpeculationConfig | str | None:
+    if isinstance(given, Mapping):
+        known = [item.name for item in fields(SpeculationConfig)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"EngineConfig.speculation: it has no field {name!r}; expected some of {', '.join(known)}."
+                )
+        return SpeculationConfig(**given)
+    if given is None or isinstance(given, SpeculationConfig) or given == "auto":
+        return given
+    raise ConfigError(
+        f"EngineConfig.speculation: got {given!r}; expected a SpeculationConfig, a mapping of its fields, None or "
+        "'auto'."
+    )

@@ -21,10 +21,11 @@ from kvkeye.engine.backends import serving_backends
 from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import BlockManager
 from kvkeye.engine.config import EngineConfig
+from kvkeye.engine.draft import Drafter
 from kvkeye.engine.encoder_cache import EncoderCache
 from kvkeye.engine.machine import available_bytes, default_device, default_dtype
 from kvkeye.engine.memory import check_weights_fit, plan_cache
-from kvkeye.engine.outputs import Logprob, OnStage, RequestOutput
+from kvkeye.engine.outputs import Logprob, OnStage, RequestOutput, SpeculationMetrics
 from kvkeye.engine.prepare import Prepared, Processor, PromptLike, prepare
 from kvkeye.engine.prepare_queue import PrepareQueue
 from kvkeye.engine.request import (
@@ -36,11 +37,15 @@ from kvkeye.engine.request import (
     State,
 )
 from kvkeye.engine.runner import Runner, StepResult
-from kvkeye.engine.scheduler import Limits, Scheduler, Step
+from kvkeye.engine.scheduler import Limits, Scheduler
+from kvkeye.engine.speculation import speculation_of
+from kvkeye.engine.step import Step
 from kvkeye.errors import CapacityError, RequestError
 from kvkeye.models.keye.model import KeyeModel
 
 logger = logging.getLogger("kvkeye.engine")
+# By request and answer index: log-probabilities of its new tokens, None where they were not asked for.
+DrawnLogprobs = dict[tuple[str, int], list[dict[int, Logprob] | None]]
 
 
 class TextProcessor(Processor, Protocol):
@@ -71,10 +76,14 @@ class EngineStats:
     encoder_hits: int
     encoder_misses: int
     encoder_bytes: int
+    speculation: SpeculationMetrics | None = None
 
 
 class Engine:
-    """A model being served: `add` requests, call `step` while `has_work`, read the outputs it returns."""
+    """A model being served: `add` requests, call `step` while `has_work`, read the outputs it returns.
+
+    `drafter` replaces the one that the configuration names.
+    """
 
     def __init__(
         self,
@@ -82,6 +91,7 @@ class Engine:
         model: KeyeModel,
         processor: TextProcessor,
         new_parser: Callable[[], Parser] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         text = model.config.text
         plan = plan_cache(config, text, model.dtype, available_bytes(model.device))
@@ -100,7 +110,10 @@ class Engine:
         )
         blocks = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_cache)
         token_bytes = text.hidden_size * model.dtype.itemsize
-        self.scheduler = Scheduler(limits, blocks, EncoderCache(config.encoder_cache_memory // token_bytes))
+        self.speculation = speculation_of(config, drafter, backends)
+        self.scheduler = Scheduler(
+            limits, blocks, EncoderCache(config.encoder_cache_memory // token_bytes), self.speculation
+        )
         self._new_parser = new_parser
         self._trackers: dict[str, Tracker] = {}
         self._num_requests = 0
@@ -194,7 +207,11 @@ class Engine:
             return self.processor.decode(ids, skip_special_tokens=sampling.skip_special_tokens)
 
         new_parser = self._new_parser if ready.is_chat else None
-        self._trackers[request_id] = Tracker(request, decode, new_parser, ready.prepare_ms, on_stage)
+
+        def speculation() -> SpeculationMetrics | None:
+            return None if self.speculation is None else self.speculation.metrics(request_id)
+
+        self._trackers[request_id] = Tracker(request, decode, new_parser, ready.prepare_ms, on_stage, speculation)
 
     def _check_entry(self, request_id: str, sampling: SamplingParams, salt: str) -> None:
         if not isinstance(sampling, SamplingParams):
@@ -275,7 +292,7 @@ class Engine:
         self._num_encoded_patches += num_patches
         return []
 
-    def _forward(self, step: Step) -> tuple[list[Sequence], dict[tuple[str, int], dict[int, Logprob] | None]]:
+    def _forward(self, step: Step) -> tuple[list[Sequence], DrawnLogprobs]:
         """Computes the step's rows; returns those that got a token or ended, and log-probabilities."""
         if not step.rows:
             return self.scheduler.finish(step, {}), {}
@@ -284,7 +301,9 @@ class Engine:
             if (tracker := self._tracker_of(seq)).stage != "prefill" and self.scheduler.has_embeddings(seq):
                 tracker.enter("prefill")
         try:
+            start = time.perf_counter()
             result = self._run(step)
+            self._observe(step, result, time.perf_counter() - start)
             drawn = self._logprobs(step, result)
             return self.scheduler.finish(step, result.tokens), drawn
         except Exception as error:
@@ -300,23 +319,31 @@ class Engine:
         batch = batches.build(step, self.scheduler.sequence, self.config.block_size, self.runner.model.device)
         return self.runner.run(batch)
 
-    def _logprobs(self, step: Step, result: StepResult) -> dict[tuple[str, int], dict[int, Logprob] | None]:
+    def _observe(self, step: Step, result: StepResult, seconds: float) -> None:
+        if self.speculation is not None:
+            rows = {row.seq_id: self.scheduler.sequence(row.seq_id) for row in step.rows}
+            num_drawn = {seq_id: len(tokens) for seq_id, tokens in result.tokens.items()}
+            self.speculation.observe(step, rows, num_drawn, seconds)
+
+    def _logprobs(self, step: Step, result: StepResult) -> DrawnLogprobs:
         """By request and answer index: one row's draws become several answers when it forks."""
-        found = {}
+        found: DrawnLogprobs = {}
         for row in step.rows:
             seq = self.scheduler.sequence(row.seq_id)
-            for i, logprobs in enumerate(result.logprobs.get(row.seq_id, ())):
-                found[seq.request.request_id, seq.index + i] = logprobs
+            drawn = result.logprobs.get(row.seq_id, [])
+            if row.parents:
+                found[seq.request.request_id, seq.index] = drawn
+                continue
+            for i, logprobs in enumerate(drawn):
+                found[seq.request.request_id, seq.index + i] = [logprobs]
         return found
 
-    def _report(
-        self, changed: list[Sequence], drawn: Mapping[tuple[str, int], dict[int, Logprob] | None]
-    ) -> list[RequestOutput]:
+    def _report(self, changed: list[Sequence], drawn: DrawnLogprobs) -> list[RequestOutput]:
         touched: dict[str, Tracker] = {}
         for seq in changed:
             tracker = self._tracker_of(seq)
             touched[seq.request.request_id] = tracker
-            if tracker.push(seq, drawn.get((seq.request.request_id, seq.index))):
+            if tracker.push(seq, drawn.get((seq.request.request_id, seq.index), [])):
                 self.scheduler.end(seq, "stop")
                 tracker.close(seq)
             elif seq.finish_reason == "error" and tracker.error is None:
@@ -331,6 +358,8 @@ class Engine:
         output = tracker.output()
         if output.finished:
             del self._trackers[output.request_id]
+            if self.speculation is not None:
+                self.speculation.forget_request(output.request_id)
             tracker.request.payload = None  # pixels must not wait for the collector of cycles
             self._num_prompt_tokens += output.metrics.num_prompt_tokens
             self._num_cached_tokens += output.metrics.num_cached_tokens
@@ -356,4 +385,5 @@ class Engine:
             encoder_hits=encoder.num_hits,
             encoder_misses=encoder.num_misses,
             encoder_bytes=self.runner.num_media_bytes,
+            speculation=None if self.speculation is None else self.speculation.total.metrics(),
         )

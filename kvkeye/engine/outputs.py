@@ -42,6 +42,24 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class SpeculationMetrics:
+    """What proposals were worth, over decoding steps.
+
+    acceptance_by_position  share of the drafts that got there whose next proposal was drawn
+    tokens_per_step         tokens of one answer per step, 1 without speculation
+    saved_ms                estimate: steps of one token, by the engine's own step times, less the steps there were
+    """
+
+    num_decode_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    acceptance_by_position: list[float] = field(default_factory=list)
+    tokens_per_step: float | None = None
+    saved_ms: float = 0.0
+
+
+@dataclass(frozen=True)
 class RequestMetrics:
     """Times in milliseconds from the request's arrival at the engine; None until known.
 
@@ -51,6 +69,7 @@ class RequestMetrics:
     prefill_ms  first step to first token, encoding included
     decode_ms   first token to last
     ttft_ms     arrival to first token
+    speculation what proposals were worth; None without speculative decoding
     """
 
     num_prompt_tokens: int = 0
@@ -64,6 +83,7 @@ class RequestMetrics:
     decode_ms: float | None = None
     ttft_ms: float | None = None
     tokens_per_s: float | None = None
+    speculation: SpeculationMetrics | None = None
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def max_draft_depth(self) -> int:
+        """Proposals that can be accepted before the answer is full."""
+        return self.request.max_tokens - self.num_generated - 1
+
+    @property
     def rank(self) -> tuple[int, int, int]:
         """Lower runs earlier and is preempted later."""
         return (self.request.priority, self.request.arrival, self.seq_id)

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from kvkeye import ops
-from kvkeye.engine.batch import EncodeBatch, ForwardBatch, SampleBatch
+from kvkeye.engine.batch import EncodeBatch, ForwardBatch, SampleBatch, VerifyBatch
 from kvkeye.engine.outputs import Logprob
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
 
-# Called with (row id, tokens before the drawn one) per row and the logits [R, V] in the model's dtype.
+# Called with (row id, tokens before the drawn one) per drawn token and the logits [R, V] in the model's dtype.
 LogitsHook = Callable[[list[tuple[int, int]], Tensor], None]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Per row id: the drawn tokens, -1 for a row without valid probabilities, and their log-probabilities if wanted."""
+    """Per row id: the drawn tokens, -1 for a row without valid probabilities, and their log-probabilities if wanted.
+
+    After proposals these are one answer's next tokens, all but the last of them proposed.
+    """
 
     tokens: dict[int, list[int]]
     logprobs: dict[int, list[dict[int, Logprob] | None]]
@@ -57,9 +60,44 @@ class Runner:
             if not len(batch.logit_rows):
                 return StepResult({}, {})
             logits = self.model.logits(hidden[batch.logit_rows])  # [R, V]
+            result = StepResult({}, {})
             if self.logits_hook is not None:
-                self.logits_hook(_logit_names(batch), logits)
-            return _collect(batch, *_draw(logits[batch.sample.rows], batch.sample))
+                self.logits_hook(_logit_names(batch), logits[batch.sample.rows])
+            if len(batch.sample.num_logprobs):
+                _collect(batch, *_draw(logits[batch.sample.rows], batch.sample), result)
+            if batch.verify is not None:
+                self._verify(logits[batch.verify.rows], batch.verify, result)
+            return result
+
+    def _verify(self, logits: Tensor, verify: VerifyBatch, result: StepResult) -> None:
+        """Draws down the trees of proposals, and moves what was accepted to its place in the caches. logits [R, V]."""
+        drawn, from_rows, counts = (
+            part.tolist()
+            for part in ops.verify_draft(
+                logits, verify.draft_tokens, verify.tree_parents, verify.cu_rows, None, *verify.settings.args(), None
+            )
+        )
+        moves: list[tuple[int, int]] = []
+        for tree, count in enumerate(counts):
+            first = verify.bounds[tree]
+            tokens, rows = drawn[first : first + count], from_rows[first : first + count]
+            places = zip(rows, range(first, first + count))
+            moves += [(verify.slots[row], verify.slots[place]) for row, place in places if row != place]
+            seq_id, start, wanted = verify.seq_ids[tree], verify.starts[tree], verify.num_logprobs[tree]
+            result.tokens[seq_id] = tokens
+            result.logprobs[seq_id] = [_wanted_logprobs(logits[row], token, wanted) for row, token in zip(rows, tokens)]
+            if self.logits_hook is not None:
+                self.logits_hook([(seq_id, start + 1 + i) for i in range(count)], logits[rows])
+        if moves:
+            self._move_slots(moves)
+
+    def _move_slots(self, moves: list[tuple[int, int]]) -> None:
+        """Copies keys and values of single tokens (source, target); sources are read before targets are written."""
+        source, target = torch.tensor(moves, dtype=torch.int64).to(self.model.device).unbind(1)
+        block_size = self.k_caches[0].shape[2]
+        block, offset = source // block_size, source % block_size
+        for k_cache, v_cache in zip(self.k_caches, self.v_caches):
+            ops.append_kv(k_cache[block, :, offset], v_cache[block, :, offset], k_cache, v_cache, target)
 
     def _context(self, batch: ForwardBatch) -> PagedContext:
         return PagedContext(
@@ -69,6 +107,7 @@ class Runner:
             cu_seqlens_q=batch.cu_seqlens_q,
             context_lens=batch.context_lens,
             slot_mapping=batch.slot_mapping,
+            tree_mask=batch.tree_mask,
         )
 
     def encode(self, batch: EncodeBatch) -> None:
@@ -101,22 +140,18 @@ class Runner:
 
 def _logit_names(batch: ForwardBatch) -> list[tuple[int, int]]:
     lengths = batch.context_lens.tolist()
-    return [(row, length) for row, length, n in zip(batch.seq_ids, lengths, batch.num_samples) if n]
+    return [(row, length) for row, length, n in zip(batch.seq_ids, lengths, batch.num_samples) for _ in range(n)]
 
 
 def _draw(logits: Tensor, sample: SampleBatch) -> tuple[list[int], list[dict[int, Logprob] | None]]:
     """logits [B, V] -> B tokens and, where asked for, log-probabilities."""
-    drawn: Tensor = ops.sample(
-        logits, sample.temperature, sample.top_k, sample.top_p, sample.min_p, sample.repetition, sample.presence,
-        sample.frequency, sample.history, sample.cu_history, sample.num_prompt, sample.seeds, sample.positions,
-        sample.sample_index, None,
-    )  # fmt: skip
-    tokens: list[int] = drawn.tolist()
-    logprobs = [
-        None if count is None or token < 0 else _logprobs(row, token, count)
-        for row, token, count in zip(logits, tokens, sample.num_logprobs)
-    ]
+    tokens: list[int] = ops.sample(logits, *sample.settings.args(), None).tolist()
+    logprobs = [_wanted_logprobs(row, token, count) for row, token, count in zip(logits, tokens, sample.num_logprobs)]
     return tokens, logprobs
+
+
+def _wanted_logprobs(logits: Tensor, token: int, count: int | None) -> dict[int, Logprob] | None:
+    return None if count is None or token < 0 else _logprobs(logits, token, count)
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
@@ -130,12 +165,12 @@ def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
     return found
 
 
-def _collect(batch: ForwardBatch, tokens: list[int], logprobs: list[dict[int, Logprob] | None]) -> StepResult:
-    result = StepResult({}, {})
+def _collect(
+    batch: ForwardBatch, tokens: list[int], logprobs: list[dict[int, Logprob] | None], result: StepResult
+) -> None:
     start = 0
     for seq_id, count in zip(batch.seq_ids, batch.num_samples):
         if count:
             result.tokens[seq_id] = tokens[start : start + count]
             result.logprobs[seq_id] = logprobs[start : start + count]
             start += count
-    return result

@@ -8,13 +8,16 @@ preemption are the same case. Tokens that stand for media wait for their embeddi
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 from kvkeye.engine.block_manager import BlockManager, ceil_div
+from kvkeye.engine.draft import MAX_TREE_ROWS, Draft
 from kvkeye.engine.encoder_cache import EncoderCache
-from kvkeye.engine.request import MediaSpan, Request, Sequence, State
+from kvkeye.engine.request import Request, Sequence, State
+from kvkeye.engine.step import Plan, Step
 from kvkeye.errors import CapacityError, RequestError
 
 ERROR_TOKEN = -1
@@ -34,52 +37,11 @@ class Limits:
     max_num_encoder_patches: int = 4096
 
 
-@dataclass(frozen=True)
-class Row:
-    """Compute `tokens` from position `start` of row `seq_id`; then draw `num_samples` tokens, or none."""
+class Drafts(Protocol):
+    """What proposes tokens for decoding rows, within `budget` tokens for all of them."""
 
-    seq_id: int
-    start: int
-    tokens: list[int]
-    block_table: list[int]
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Compute the embeddings named `embeds`: media span number `index` of row `seq_id`'s request."""
-
-    seq_id: int
-    index: int
-    embeds: bytes
-    num_patches: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of the encoder, then one of the decoder. `block_copies` (source, target) come before its rows."""
-
-    rows: list[Row] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-    encodings: list[Encoding] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.rows or self.encodings)
-
-    @property
-    def seq_ids(self) -> set[int]:
-        """Of all rows that take part."""
-        return {encoding.seq_id for encoding in self.encodings} | {row.seq_id for row in self.rows}
-
-    def without(self, seqs: Iterable[Sequence]) -> Step:
-        """The same step without the rows of these."""
-        gone = {seq.seq_id for seq in seqs}
-        return replace(self, rows=[row for row in self.rows if row.seq_id not in gone])
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
+    def propose(self, sequences: SequenceOf[Sequence], budget: int) -> dict[int, Draft]: ...
+    def forget(self, sequence: Sequence) -> None: ...
 
 
 class Scheduler:
@@ -89,9 +51,12 @@ class Scheduler:
     same order. The best-ranked row can always go on, so every request ends. Not thread-safe.
     """
 
-    def __init__(self, limits: Limits, blocks: BlockManager, encoder: EncoderCache | None = None) -> None:
+    def __init__(
+        self, limits: Limits, blocks: BlockManager, encoder: EncoderCache | None = None, drafts: Drafts | None = None
+    ) -> None:
         self.limits = limits
         self.blocks = blocks
+        self.drafts = drafts
         self.encoder = EncoderCache(0) if encoder is None else encoder
         self.requests: dict[str, Request] = {}
         self.waiting: list[Sequence] = []  # both lists are kept in rank order
@@ -163,6 +128,8 @@ class Scheduler:
         self.blocks.release(seq)
         self.encoder.release(seq, seq.embeds)
         del self._by_id[seq.seq_id]
+        if self.drafts is not None:
+            self.drafts.forget(seq)
         if seq.request.is_finished:
             del self.requests[seq.request.request_id]
 
@@ -194,26 +161,47 @@ class Scheduler:
 
         `finish_encodings` or `fail_encodings` must follow, then `finish` or `fail`, before the next call.
         """
-        plan = _Plan(self.limits.max_num_batched_tokens, self.limits.max_num_encoder_patches)
+        plan = Plan(self.limits.max_num_batched_tokens, self.limits.max_num_encoder_patches)
         self._yield_to_priority()
         num_preemptions = self.num_preemptions
         for seq in self.running:
             self._encode_ahead(seq, plan)
         decoding = [seq for seq in self.running if seq.num_remaining == 1]
         prompts = [seq for seq in self.running if seq.num_remaining > 1]
+        self._propose(decoding, plan)
         for seq in decoding + prompts:
             if seq.state is State.RUNNING:
                 self._place(seq, plan)
         # A step that took blocks away must not hand them to a newcomer.
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
-        return Step(plan.rows, plan.copies, plan.encodings)
+        return plan.finished()
+
+    def _propose(self, decoding: list[Sequence], plan: Plan) -> None:
+        """Asks for proposals after rows that have drawn a token; what every row needs comes first."""
+        plan.num_due = len(decoding)
+        spare = plan.budget - len(decoding)
+        if self.drafts is None or spare <= 0:
+            return
+        able = [seq for seq in decoding if seq.width == 1 and seq.num_generated > 0 and seq.max_draft_depth > 0]
+        if able:
+            plan.drafts = self.drafts.propose(able, spare)
+
+    def _draft(self, seq: Sequence, plan: Plan) -> Draft | None:
+        """The row's proposals as far as tokens and blocks go round; they take nothing that another row needs."""
+        draft = plan.drafts.get(seq.seq_id)
+        if draft is None:
+            return None
+        spare = min(plan.budget - 1 - plan.num_due, MAX_TREE_ROWS - 1)
+        draft = draft.trimmed(spare, seq.max_draft_depth)
+        needed = self.blocks.num_new_blocks(seq, 1 + len(draft)) + plan.num_due
+        return draft if len(draft) and needed <= self.blocks.pool.num_available else None
 
     def _chunk(self, seq: Sequence, budget: int) -> int:
         chunk = self.limits.max_prefill_chunk or budget
         return min(seq.num_remaining, chunk, budget)
 
-    def _encode_ahead(self, seq: Sequence, plan: _Plan) -> int:
+    def _encode_ahead(self, seq: Sequence, plan: Plan) -> int:
         """Keeps for the row what its coming tokens show, in their order, and plans what nobody has encoded yet.
 
         Returns how many of its tokens have their embeddings when the step's encodings are done. Who finds the budget
@@ -232,8 +220,10 @@ class Scheduler:
         spans = seq.request.media_from(seq.num_computed)
         return all(span.num_patches == 0 or span.embeds in seq.embeds for _, span in spans)
 
-    def _place(self, seq: Sequence, plan: _Plan) -> None:
+    def _place(self, seq: Sequence, plan: Plan) -> None:
         """Adds the row's next tokens to the plan, taking blocks from worse-ranked rows if it must."""
+        if seq.num_remaining == 1:
+            plan.num_due = max(0, plan.num_due - 1)
         num_tokens = min(self._encode_ahead(seq, plan), self._chunk(seq, plan.budget))
         if num_tokens == 0:
             return
@@ -247,9 +237,11 @@ class Scheduler:
             if seq is self.running[-1]:
                 self.preempt(seq)
             return
-        plan.add(seq, num_tokens, self.blocks.reserve(seq, num_tokens))
+        draft = self._draft(seq, plan)
+        num_drafted = len(draft) if draft is not None else 0
+        plan.add(seq, num_tokens, draft, self.blocks.reserve(seq, num_tokens + num_drafted))
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: Plan) -> None:
         """Starts waiting rows in rank order while seats, tokens and blocks for the whole row suffice."""
         while self.waiting and plan.budget and self._has_seat(self.waiting[0]):
             seq = self.waiting[0]
@@ -302,8 +294,10 @@ class Scheduler:
     def finish(self, step: Step, sampled: Mapping[int, SequenceOf[int]]) -> list[Sequence]:
         """Takes the tokens drawn for each row; returns the rows that got one or ended, forks included.
 
-        A token of ERROR_TOKEN (no valid probabilities) ends that row with reason "error". Rows that were aborted or
-        preempted since `schedule` are passed over.
+        Several tokens of a row are answers that start there; after proposals they are one answer's next tokens, each
+        but the last a proposal whose keys and values lie in its place now. A token of ERROR_TOKEN (no valid
+        probabilities) ends that row with reason "error". Rows that were aborted or preempted since `schedule` are
+        passed over.
         """
         changed: list[Sequence] = []
         for row in step.rows:
@@ -311,6 +305,10 @@ class Scheduler:
             if seq is None or seq.state is not State.RUNNING:
                 continue
             tokens = sampled[row.seq_id] if row.num_samples else []
+            if row.parents:
+                self._extend(seq, tokens)
+                changed.append(seq)
+                continue
             if ERROR_TOKEN in tokens:
                 self.end(seq, "error")
                 changed.append(seq)
@@ -340,12 +338,32 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token: int) -> None:
         seq.tokens.append(token)
-        sampling = seq.request.sampling
+        reason = self._end_reason(seq)
+        if reason is not None:
+            self.end(seq, reason)
+
+    def _extend(self, seq: Sequence, tokens: SequenceOf[int]) -> None:
+        """Appends what was accepted and the token drawn after it, as far as the row goes."""
+        reason, num_passed = None, 0
+        for token in tokens:
+            num_passed += 1
+            if token != ERROR_TOKEN:
+                seq.tokens.append(token)
+            reason = "error" if token == ERROR_TOKEN else self._end_reason(seq)
+            if reason is not None:
+                break
+        self.blocks.commit(seq, num_passed)  # all of their predecessors are computed
+        self.blocks.trim(seq)
+        if reason is not None:
+            self.end(seq, reason)
+
+    def _end_reason(self, seq: Sequence) -> str | None:
+        """Why the row ends with the token that it got last, if it does."""
+        token, sampling = seq.tokens[-1], seq.request.sampling
         is_eos = not sampling.ignore_eos and token in seq.request.eos_token_ids
         if is_eos or token in sampling.stop_token_ids:
-            self.end(seq, "stop")
-        elif seq.num_generated >= seq.request.max_tokens:
-            self.end(seq, "length")
+            return "stop"
+        return "length" if seq.num_generated >= seq.request.max_tokens else None
 
     def fail(self, step: Step) -> list[Sequence]:
         """Ends every row of a step that could not be computed; their blocks' content is unknown."""
@@ -369,32 +387,3 @@ class Scheduler:
 
 def _rank(seq: Sequence) -> tuple[int, int, int]:
     return seq.rank
-
-
-@dataclass
-class _Plan:
-    """A step while it is put together."""
-
-    budget: int
-    encoder_budget: int
-    rows: list[Row] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    encodings: list[Encoding] = field(default_factory=list)
-    planned: set[int] = field(default_factory=set)
-
-    def encode(self, seq: Sequence, index: int, span: MediaSpan) -> bool:
-        """False if the span does not fit any more. One that fits no budget goes alone."""
-        if span.num_patches > self.encoder_budget and self.encodings:
-            self.encoder_budget = 0
-            return False
-        self.encodings.append(Encoding(seq.seq_id, index, span.embeds, span.num_patches))
-        self.encoder_budget = max(0, self.encoder_budget - span.num_patches)
-        return True
-
-    def add(self, seq: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
-        tokens = seq.tokens[seq.num_computed : seq.num_computed + num_tokens]
-        num_samples = seq.width if num_tokens == seq.num_remaining else 0
-        self.rows.append(Row(seq.seq_id, seq.num_computed, tokens, list(seq.block_table), num_samples))
-        self.copies += copies
-        self.planned.add(seq.seq_id)
-        self.budget -= num_tokens

@@ -1,9 +1,13 @@
-"""Every logit of some greedy answers, by request: what the tests of equal bits compare."""
+"""Every logit of some greedy answers, by request: what the tests of equal bits compare.
+
+`plain_answers` and `speculative_answers` are the two sides of lossless speculation.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from tests.engine.scripted import ScriptedDrafter
 from tests.engine.tiny import greedy
 
 NUM_TOKENS = 64
@@ -42,3 +46,26 @@ def preempt_often(served, count):
     if running and count % 5 == 3:
         served.scheduler.preempt(running[count % len(running)])
         served.scheduler.blocks.pool.evict(count % 3)
+
+
+def plain_answers(served, prompts):
+    """{name: (tokens, logits [64, V])}, one token a step."""
+    assert served.speculation is None
+    logits = logits_of(served, prompts)
+    return {name: (rows.argmax(-1).tolist(), rows) for name, rows in logits.items()}
+
+
+def script_of(answers, vocabulary, **settings):
+    """A drafter that knows these answers; requests are found by their names."""
+
+    def coming(seq):
+        return answers[seq.request.request_id][0][seq.num_generated : seq.num_generated + 8]
+
+    return ScriptedDrafter(coming, vocabulary, **settings)
+
+
+def check_lossless(served, prompts, answers, **how):
+    """Tokens and logits of every position are those of `answers`, bit for bit; returns the speculation's counts."""
+    for name, logits in logits_of(served, prompts, **how).items():
+        assert torch.equal(logits, answers[name][1]), name
+    return served.stats().speculation

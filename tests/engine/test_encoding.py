@@ -77,7 +77,7 @@ def test_the_frames_of_a_1_5_clip_are_spread_over_steps_and_a_joint_clip_is_not(
 @pytest.mark.parametrize("heavy", [album(1), clip(2, 24), prompt(3, 9, picture(3, (20, 4, 6), kind="video"))])
 def test_a_decoding_request_gets_a_token_in_every_step(heavy):
     """Eight pictures, a long clip or a clip larger than the budget beside it: one token per step, none is left out."""
-    served = engine(max_num_encoder_patches=96, max_num_batched_tokens=64)
+    served = engine(max_num_encoder_patches=96, max_num_batched_tokens=64, speculation=None)
     served.add("text", prompt(9, 12), greedy(60))
     served.step()
     passes = watch(served)

@@ -115,7 +115,7 @@ def test_four_answers_share_the_prompt_and_repeat_alone():
 
 @pytest.mark.parametrize("moment", ["waiting", "in the prompt", "decoding", "forked"])
 def test_abort_frees_everything(moment):
-    served = engine(max_prefill_chunk=8)
+    served = engine(max_prefill_chunk=8, speculation=None)  # a token a step
     sampling = SamplingParams(n=3, max_tokens=30, seed=1) if moment == "forked" else greedy(30)
     served.add("a", prompt(1, 40, picture(1, (1, 4, 4))), sampling)
     served.add("other", prompt(2, 10), greedy(12))

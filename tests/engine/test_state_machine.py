@@ -19,6 +19,7 @@ from kvkeye.engine.encoder_cache import EncoderCache
 from kvkeye.engine.request import MediaSpan, Request, SamplingParams, State
 from kvkeye.engine.scheduler import ERROR_TOKEN, Limits, Scheduler
 from kvkeye.errors import KvkeyeError
+from tests.engine.scripted import ScriptedDrafter
 from tests.engine.toy import VOCAB, ToyModel, expected_tokens
 
 try:
@@ -36,11 +37,23 @@ class World:
     """Scheduler, pool and toy model; knows every request it ever saw and how it must have ended."""
 
     def __init__(
-        self, pool: str, num_blocks: int, max_num_seqs: int, budget: int, chunk: int | None, patches: int, idle: int
+        self,
+        pool: str,
+        num_blocks: int,
+        max_num_seqs: int,
+        budget: int,
+        chunk: int | None,
+        patches: int,
+        idle: int,
+        tree: tuple[int, int, float] | None = None,
     ) -> None:
         limits = Limits(max_num_seqs, budget, 48, chunk, max_num_encoder_patches=patches)
         blocks = BlockManager(num_blocks, BLOCK_SIZE, pool=POOLS[pool](num_blocks))
-        self.scheduler = Scheduler(limits, blocks, EncoderCache(idle))
+        drafter = None
+        if tree is not None:
+            width, depth, accuracy = tree
+            drafter = ScriptedDrafter(coming_tokens, VOCAB, accuracy, width, depth)
+        self.scheduler = Scheduler(limits, blocks, EncoderCache(idle), drafter)
         self.model = ToyModel(num_blocks, BLOCK_SIZE)
         self.requests: list[Request] = []
         self.ended: Counter[int] = Counter()
@@ -90,13 +103,19 @@ class World:
         sampled = self.model.run(self.scheduler, step)
         if poison is not None and step.rows:
             row = step.rows[poison % len(step.rows)]
-            sampled[row.seq_id] = [ERROR_TOKEN] * row.num_samples
+            sampled[row.seq_id] = sampled[row.seq_id][:-1] if row.parents else []
+            sampled[row.seq_id] += [ERROR_TOKEN] * row.num_samples
         between()
         self.note(self.scheduler.finish(step, sampled))
         self.forget()
         self.events["forks"] += sum(row.num_samples > 1 for row in step.rows)
         self.events["copies"] += len(step.block_copies)
         self.events["rows"] += len(step.rows)
+        drafted = [row for row in step.rows if row.parents]
+        self.events["drafts"] += len(drafted)
+        self.events["trees"] += sum(row.is_branched for row in drafted)
+        self.events["accepted"] += sum(len(sampled[row.seq_id]) - 1 for row in drafted)
+        self.events["rejected"] += sum(len(sampled[row.seq_id]) == 1 for row in drafted)
 
     def encode(self, step, fail: bool):
         """Encodes, or crashes; the rows that may still run."""
@@ -152,6 +171,8 @@ class World:
         in_use = {name for seq in scheduler.sequences() for name in seq.embeds}
         assert all(not seq.embeds for seq in scheduler.waiting)
         assert len(encoder) == len(in_use) + len(encoder._idle)
+        for seq in scheduler.running:
+            assert len(seq.block_table) == -(-seq.num_computed // BLOCK_SIZE), "blocks of proposals are kept"
         assert pool.num_free + pool.num_used + pool.num_cached == pool.num_blocks
         for request in self.requests[-12:]:
             for seq in request.sequences:
@@ -173,6 +194,10 @@ class World:
         assert self.scheduler.blocks.pool.num_used == 0
         assert not self.scheduler.requests and not list(self.scheduler.sequences())
         assert not any(entry.users for entry in self.scheduler.encoder._entries.values())
+
+
+def coming_tokens(seq):
+    return expected_tokens(seq.request, seq.index, seq.num_generated + 8)[seq.num_generated :]
 
 
 def media(places):
@@ -204,6 +229,7 @@ class Machine(RuleBasedStateMachine):
         chunk=st.sampled_from([None, 1, 3, 4]),
         patches=st.sampled_from([1, 8, 13, 100]),
         idle=st.sampled_from([0, 5, 100]),
+        tree=st.none() | st.tuples(st.integers(1, 4), st.integers(1, 8), st.sampled_from([0.0, 0.5, 0.9, 1.0])),
     )
     def build(self, **values):
         self.world = World(**values)
@@ -282,6 +308,7 @@ def test_thousands_of_random_steps(pool, seed):
         chunk=rng.choice([None, 3]),
         patches=rng.choice([1, 10, 40]),
         idle=rng.choice([0, 8, 30]),
+        tree=[None, (1, 4, 0.7), (3, 8, 0.8)][seed % 3],
     )
     for _ in range(700):
         action = rng.random()
@@ -312,6 +339,9 @@ def test_thousands_of_random_steps(pool, seed):
         world.check()
     world.drain()
     assert world.events["rows"] > 500 and world.events["forks"] and world.events["copies"] and world.events["evicted"]
+    if seed % 3:
+        assert world.events["accepted"] > 100 and world.events["rejected"] > 50
+        assert bool(world.events["trees"]) == (seed % 3 == 2)
     encoder = world.scheduler.encoder
     assert world.events["encoded"] > 20 and world.events["dropped"]
     assert world.events["packs"] or world.scheduler.limits.max_num_encoder_patches < 40

@@ -86,9 +86,9 @@ def model(version: str = "preview", dtype: torch.dtype = torch.float32):
     return tiny_keye_model(version, seed=3, dtype=dtype)
 
 
-def engine(version: str = "preview", weights: torch.dtype = torch.float32, **config) -> Engine:
+def engine(version: str = "preview", weights: torch.dtype = torch.float32, drafter=None, **config) -> Engine:
     values = {"model": "tiny", "max_model_len": 512, "max_num_seqs": 16, "check_every_step": True} | config
-    return Engine(EngineConfig(**values), model(version, weights), Processor(), OutputParser)
+    return Engine(EngineConfig(**values), model(version, weights), Processor(), OutputParser, drafter)
 
 
 def run(engine: Engine, max_steps: int = 10_000) -> dict[str, RequestOutput]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 
 from kvkeye.engine.request import Request, Sequence
-from kvkeye.engine.scheduler import Scheduler, Step
+from kvkeye.engine.scheduler import Scheduler
+from kvkeye.engine.step import Row, Step
 
 VOCAB = 50
 
@@ -60,24 +61,52 @@ class ToyModel:
             first, last = row.start // self.block_size, (row.start + len(row.tokens) - 1) // self.block_size
             for block in row.block_table[first : last + 1]:
                 assert written.setdefault(block, row.seq_id) == row.seq_id, "two rows write one block"
-            sampled[row.seq_id] = self._run_row(seq, row.start, row.tokens, row.block_table, row.num_samples)
+            run = self._run_tree if row.parents else self._run_row
+            sampled[row.seq_id] = run(seq, row)
         for row in step.rows:
             reads = row.block_table[: row.start // self.block_size]
             assert not any(written.get(block, row.seq_id) != row.seq_id for block in reads), "a read block is written"
         return sampled
 
-    def _run_row(self, seq: Sequence, start: int, tokens: list[int], table: list[int], num_samples: int) -> list[int]:
+    def _run_row(self, seq: Sequence, row: Row) -> list[int]:
         state = b""
-        for position, token in enumerate(tokens, start):
-            seen = [self._slot(table, past) for past in range(position)]
+        for position, token in enumerate(row.tokens, row.start):
+            seen = [self._slot(row.block_table, past) for past in range(position)]
             media = _media_key(seq.request, position)
             for span in seq.request.media_between(position, position + 1):
                 assert not span.num_patches or span.embeds in self.embeds, "a token came before its embeddings"
             state = _state(seen, token, media, seq.request.salt)
-            block, offset = table[position // self.block_size], position % self.block_size
-            self.cache[block][offset] = (token, media, state)
-        end = start + len(tokens)
-        return [draw(state, seq.request.seed, seq.index + i, end) for i in range(num_samples)]
+            self._write(row.block_table, position, (token, media, state))
+        end = row.start + len(row.tokens)
+        return [draw(state, seq.request.seed, seq.index + i, end) for i in range(row.num_samples)]
+
+    def _run_tree(self, seq: Sequence, row: Row) -> list[int]:
+        """Every branch from its own slots; then down the tree while what is drawn was proposed, and slots moved."""
+        table, before = row.block_table, [self._slot(row.block_table, past) for past in range(row.start)]
+        branches: list[list[int]] = []
+        states = []
+        for at, (token, parent) in enumerate(zip(row.tokens, row.parents)):
+            branches.append([*(branches[parent] if parent >= 0 else []), at])
+            seen = before + [self._slot(table, row.start + past) for past in branches[at][:-1]]
+            states.append(_state(seen, token, b"", seq.request.salt))
+            self._write(table, row.start + at, (token, b"", states[at]))
+        drawn: list[int] = []
+        at = 0
+        while True:
+            drawn.append(draw(states[at], seq.request.seed, seq.index, row.start + len(drawn) + 1))
+            following = [child for child, parent in enumerate(row.parents) if parent == at]
+            accepted = [child for child in following if row.tokens[child] == drawn[-1]]
+            if not accepted:
+                break
+            at = accepted[0]
+        for place, kept in enumerate([self._slot(table, row.start + past) for past in branches[at]]):
+            self._write(table, row.start + place, kept)
+        for place in range(len(branches[at]), len(row.tokens)):  # what is left of the others must not be read
+            self._write(table, row.start + place, None)
+        return drawn
+
+    def _write(self, table: list[int], position: int, slot: tuple[int, bytes, bytes] | None) -> None:
+        self.cache[table[position // self.block_size]][position % self.block_size] = slot
 
     def _slot(self, table: list[int], position: int) -> tuple[int, bytes, bytes]:
         slot = self.cache[table[position // self.block_size]][position % self.block_size]
