@@ -55,6 +55,7 @@ class Kvkeye:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs * max_model_len,
             enable_prefix_cache=False,
+            speculation=None,  # a token a step on every side; benchmarks/speculation.py compares the rest
         )
         self.engine = Engine.from_config(config)
         self.names = count()

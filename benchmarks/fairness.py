@@ -207,6 +207,7 @@ def main() -> None:
         config = EngineConfig(
             model=str(write_tiny_checkpoint(folder)), max_num_encoder_patches=given.patches,
             max_num_batched_tokens=given.batched_tokens, enable_prefix_cache=False, encoder_cache_memory=0,
+            speculation=None,
         )  # fmt: skip
         # A thread that ends: its team of OpenMP threads would slow down that of the engine's thread.
         with ThreadPoolExecutor(1) as builder:
