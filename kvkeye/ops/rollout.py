@@ -63,4 +63,5 @@ def score_candidates(x: Tensor, v: Tensor, sigma: float, guide: Tensor, grid: in
 score_candidates.fake(
     lambda x, v, sigma, guide, grid: tuple(wide(x).new_empty(x.shape[0], x.shape[2]) for _ in range(3))
 )
+score_candidates.implement("cpp")
 score_candidates_backward = score_candidates.differentiate("x", "v", "guide")

@@ -182,7 +182,13 @@ def video_fusion(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "spectral_blend_backward", (high, 0.25, 0.4, 0)
 
 
-FAMILIES = (norm, activation, linear, rope, kv_cache, vision, attention_merge, loss, video_fusion)
+def rollout(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for height, width, grid in ((2, 2, 2), (7, 19, 3), (16, 40, 8)):
+        x, v = r(2, 3, 4, height, width + 1)[..., 1:], r(2, 3, 4, height, width)
+        yield "score_candidates", (x, v, 0.6, r.fp32(3, height, width), grid)
+
+
+FAMILIES = (norm, activation, linear, rope, kv_cache, vision, attention_merge, loss, video_fusion, rollout)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
