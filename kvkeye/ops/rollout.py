@@ -64,4 +64,5 @@ score_candidates.fake(
     lambda x, v, sigma, guide, grid: tuple(wide(x).new_empty(x.shape[0], x.shape[2]) for _ in range(3))
 )
 score_candidates.implement("cpp")
+score_candidates.implement("triton", "rollout:score_candidates")
 score_candidates_backward = score_candidates.differentiate("x", "v", "guide")

@@ -89,8 +89,10 @@ blend_tiles.fake(
     )
 )
 blend_tiles.implement("cpp")
+blend_tiles.implement("triton", "video_fusion:blend_tiles")
 blend_tiles_backward = blend_tiles.differentiate("outputs", "weights")
 blend_tiles_backward.implement("cpp")
+blend_tiles_backward.implement("triton", "video_fusion:blend_tiles_backward")
 
 
 def _step_fits(
@@ -126,8 +128,10 @@ def fuse_tiles(
 
 fuse_tiles.fake(lambda outputs, starts, weights, latent, guidance, dsigma: wide(latent).new_empty(latent.shape))
 fuse_tiles.implement("cpp")
+fuse_tiles.implement("triton", "video_fusion:fuse_tiles")
 fuse_tiles_backward = fuse_tiles.differentiate("outputs", "weights", "latent")
 fuse_tiles_backward.implement("cpp")
+fuse_tiles_backward.implement("triton", "video_fusion:fuse_tiles_backward")
 
 
 def _attention_fits(
@@ -209,8 +213,10 @@ def _attention_fake(
 
 tile_attention.fake(_attention_fake)
 tile_attention.implement("cpp")
+tile_attention.implement("triton", "video_fusion:tile_attention")
 tile_attention_backward = tile_attention.differentiate("q", "k", "v", "weights", outputs=("out_1",))
 tile_attention_backward.implement("cpp")
+tile_attention_backward.implement("triton", "video_fusion:tile_attention_backward")
 
 
 def _filter_fits(sizes: Sequence[int], cutoff_space: float, cutoff_time: float, order: int) -> Iterator[str]:

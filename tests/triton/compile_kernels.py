@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvkeye import triton_kernels as leaves
-from kvkeye.triton_kernels import activation, attention, linear, loss, norm, rope, vision
+from kvkeye.triton_kernels import activation, attention, linear, loss, norm, rollout, rope, video_fusion, vision
 from kvkeye.triton_kernels.common import launch as launching
 
 _TYPES = {
@@ -48,6 +48,14 @@ def attention_calls() -> None:
     for tokens, tree in ((4, None), (4096, empty(4096, dtype=torch.int64))):  # splits side by side, splits in turn
         q = empty(tokens, 32, 128)
         attention.paged_attention(q, cache, cache, table, ints, ints[:4], tree, 128**-0.5)
+
+
+def video_calls() -> None:
+    """HunyuanVideo at 320 x 512: tiles of 16 frames, 112 frames of 640 tokens, text."""
+    q, starts = empty(1, 112 * 640 + 256, 24, 128), empty(25, dtype=torch.int32)
+    weights = empty(25, 16, dtype=torch.float32)
+    o, lse = video_fusion.tile_attention(q, q, q, starts, weights, 112, 256, 128**-0.5)
+    video_fusion.tile_attention_backward(o, lse, q, q, q, starts, weights, 112, 256, 128**-0.5, lse)
 
 
 def linear_calls() -> None:
@@ -83,6 +91,15 @@ def other_calls() -> None:
     o, lse = empty(64, 32, 128), empty(64, 32, dtype=torch.float32)
     attention.merge_attention_states(o, lse, o, lse)
     attention.merge_attention_states_backward(o, lse, o, lse, o, lse)
+    starts, weights = empty(25, dtype=torch.int32), empty(25, 16, dtype=torch.float32)
+    latent = empty(16, 112, 40, 64, dtype=torch.float32)
+    for branches, guidance in ((1, 1.0), (2, 5.0)):
+        outputs = empty(branches, 25, 16, 16, 40, 64)
+        video_fusion.blend_tiles(outputs, starts, weights, 112, guidance)
+        video_fusion.fuse_tiles(outputs, starts, weights, latent, guidance, -0.1)
+        video_fusion.fuse_tiles_backward(latent, outputs, starts, weights, latent, guidance, -0.1)
+    candidates = empty(5, 16, 21, 60, 104)
+    rollout.score_candidates(candidates, candidates, 0.5, empty(16, 60, 104, dtype=torch.float32), 8)
     logits, targets = empty(64, 151936), empty(64, dtype=torch.int64)
     loss.token_logprobs(logits, targets)
     loss.token_logprobs_backward(empty(64, dtype=torch.float32), logits, targets)
@@ -126,7 +143,7 @@ def main(capability: int, parts: list[str]) -> None:
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     launching._start = lambda kernel, grid, args, options: recorded.append((kernel, args, dict(options)))
     for part in parts:
-        {"attention": attention_calls, "linear": linear_calls, "other": other_calls}[part]()
+        {"attention": attention_calls, "video": video_calls, "linear": linear_calls, "other": other_calls}[part]()
     done: set[str] = set()
     for kernel, args, options in recorded:
         source, options = source_of(kernel, args, options)

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Bytes of shared memory that one program may take.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-USES_MATRICES = re.compile(r"_(varlen_attention_(fwd|bwd_dkv|bwd_dq)|paged_attention_fwd|packed_linear_fwd)_kernel")
+USES_MATRICES = re.compile(
+    r"_((varlen|tile)_attention_(fwd|bwd_dkv|bwd_dq)|paged_attention_fwd|packed_linear_fwd)_kernel"
+)
 
 
 @functools.cache
@@ -33,7 +35,7 @@ def compiled(capability: int) -> list[dict[str, Any]]:
         pytest.skip("the package triton is not installed, so there is no compiler for its kernels")
     if not (Path(found.origin).parent / "backends" / "nvidia" / "bin" / "ptxas").is_file():
         pytest.skip("this build of triton ships no ptxas, so it cannot assemble kernels for NVIDIA GPUs")
-    parts = ["attention", "linear"] + (["other"] if capability == 90 else [])
+    parts = ["attention", "video", "linear"] + (["other"] if capability == 90 else [])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton.compile_kernels", str(capability), *parts],
@@ -57,7 +59,7 @@ def test_shared_memory_fits(capability: int) -> None:
 @pytest.mark.parametrize("capability", SHARED)
 def test_matrix_products_use_matrix_instructions(capability: int) -> None:
     reports = [r for r in compiled(capability) if USES_MATRICES.fullmatch(r["kernel"])]
-    assert len({r["kernel"] for r in reports}) == 5
+    assert len({r["kernel"] for r in reports}) == 8
     for report in reports:
         assert MATRIX[capability] in report["matrix"], report
 
