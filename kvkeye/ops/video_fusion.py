@@ -89,6 +89,7 @@ blend_tiles.fake(
     )
 )
 blend_tiles.implement("cpp")
+blend_tiles.implement("cuda")
 blend_tiles.implement("triton", "video_fusion:blend_tiles")
 blend_tiles_backward = blend_tiles.differentiate("outputs", "weights")
 blend_tiles_backward.implement("cpp")
@@ -128,6 +129,7 @@ def fuse_tiles(
 
 fuse_tiles.fake(lambda outputs, starts, weights, latent, guidance, dsigma: wide(latent).new_empty(latent.shape))
 fuse_tiles.implement("cpp")
+fuse_tiles.implement("cuda")
 fuse_tiles.implement("triton", "video_fusion:fuse_tiles")
 fuse_tiles_backward = fuse_tiles.differentiate("outputs", "weights", "latent")
 fuse_tiles_backward.implement("cpp")
