@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "answer one question about pictures or clips",
     "chat": "talk about pictures and clips in the terminal",
     "demo": "draw fresh scenes and ask the bundled model about them",
+    "bench": "measure the time of answers here",
     "estimate": "memory and tokens of a model, before it is loaded",
     "doctor": "check this installation",
     "ops": "which implementation of an op runs here, and why",

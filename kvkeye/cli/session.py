@@ -129,13 +129,26 @@ def statistics(output: RequestOutput) -> dict[str, Any]:
 
 
 def statistics_line(output: RequestOutput) -> str:
-    """Tokens and times of one answer, in one line."""
+    """Tokens and times of one answer, in one line, and what proposals were worth where some were accepted."""
     m = statistics(output)
+    proposed = m["speculation"]
+    saved = "" if not proposed or not proposed["num_accepted_tokens"] else f" | {speculation_text(proposed)}"
     speed = "" if m["tokens_per_s"] is None else f", {m['tokens_per_s']:.1f} tokens/s"
     return (
         f"prompt {m['num_prompt_tokens']} tokens ({m['num_cached_tokens']} cached), answer {m['num_generated_tokens']}"
         f" | media {_ms(m['prepare_ms'])}, vision {_ms(m['vision_ms'])}, prefill {_ms(m['prefill_ms'])}, "
-        f"decode {_ms(m['decode_ms'])}{speed}"
+        f"decode {_ms(m['decode_ms'])}{speed}{saved}"
+    )
+
+
+def speculation_text(m: dict[str, Any]) -> str:
+    """What proposals were worth, in one line; of `asdict(SpeculationMetrics)`."""
+    if not m["num_decode_steps"]:
+        return "no decoding steps"
+    shares = " ".join(f"{share:.0%}" for share in m["acceptance_by_position"]) or "none"
+    return (
+        f"{m['tokens_per_step']:.2f} tokens per step, {m['num_accepted_tokens']} of {m['num_draft_tokens']} proposals "
+        f"accepted (by position {shares}), about {m['saved_ms']:.0f} ms saved"
     )
 
 

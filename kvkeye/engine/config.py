@@ -26,13 +26,13 @@ class SpeculationConfig:
     suffix_cached_tokens    tokens of recent answers kept per salt by "suffix"
     """
 
-    method: str = "ngram"
-    num_speculative_tokens: int = 8
-    prompt_lookup_min: int = 2
+    method: str = "suffix"
+    num_speculative_tokens: int = 16
+    prompt_lookup_min: int = 1
     prompt_lookup_max: int = 5
     tree_width: int = 1
     adaptive: bool = True
-    suffix_cached_tokens: int = 65536
+    suffix_cached_tokens: int = 16384
 
     def __post_init__(self) -> None:
         if self.method not in SPECULATION_METHODS:
@@ -77,8 +77,8 @@ class EngineConfig:
     prepared_media_memory   bytes of pixels of requests before their first step; above it preparation pauses
     enable_prefix_cache     reuse KV blocks of equal beginnings, answers included
     backends                order of op implementations, e.g. "cpp"; "" leaves the default order
-    speculation             a SpeculationConfig, a mapping of its fields, or None for plain decoding; "auto": n-grams
-                            where proposals cannot change an answer's bits, which is on a CPU with the C++ kernels
+    speculation             a SpeculationConfig, a mapping of its fields, or None for plain decoding; "auto": the
+                            default fields where proposals cannot change bits, which is on a CPU with C++ kernels
     invariant               an answer's bits do not depend on other requests; a warning says where that cannot hold
     seed                    of requests that bring none
     check_every_step        verifies the block accounting after every step (slow)

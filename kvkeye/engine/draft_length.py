@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from kvkeye.engine.draft import Draft, depths_of
 
-_PRIOR = 0.6  # chance of a proposal before any was checked
+# Chance of a proposal before any was checked, by class of evidence: 0 is a drafter without one, 1 to 4 tokens that
+# matched, 5 six and more, 6 twelve and more.
+_PRIORS = (0.6, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85)
 _RATE = 0.15  # weight of the newest outcome
 _GAIN = 1.02  # what speculation must promise at least: the estimates are noisy
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64  # steps without proposals before a row tries again
@@ -81,7 +83,7 @@ class DraftLength:
         """That a proposal is drawn, given that its parent was and its share of the counts is 1."""
         key = evidence_class(evidence)
         row = self._rows.get(seq_id)
-        return (row.chances if row else {}).get(key, self._chances.get(key, _PRIOR))
+        return (row.chances if row else {}).get(key, self._chances.get(key, _PRIORS[key]))
 
     def choose(self, seq_id: int, draft: Draft, num_rows: int) -> Draft:
         """The part of a draft to check in a step of `num_rows` rows; it may be empty."""
@@ -111,7 +113,7 @@ class DraftLength:
         row = self._rows.setdefault(seq_id, RowTrust())
         for right in outcomes:
             row.chances[key] = _moved(self.chance(seq_id, evidence), right, _RATE)
-            self._chances[key] = _moved(self._chances.get(key, _PRIOR), right, _RATE / 3)
+            self._chances[key] = _moved(self._chances.get(key, _PRIORS[key]), right, _RATE / 3)
         if outcomes and not outcomes[0]:
             row.pause = min(2 * row.pause, _LONGEST_PAUSE)
         elif outcomes:
