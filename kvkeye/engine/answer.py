@@ -209,7 +209,7 @@ class Tracker:
             decode_ms=decode_ms,
             ttft_ms=_ms(times.arrival, times.first_token),
             tokens_per_s=1e3 * num_decoded / decode_ms if decode_ms and num_decoded > 0 else None,
-            speculation=self._speculation(),
+            speculation=self._speculation() if self.request.is_finished else None,
         )
 
 

@@ -15,7 +15,8 @@ from kvkeye.engine.draft import Draft, depths_of
 _PRIORS = (0.6, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85)
 _RATE = 0.15  # weight of the newest outcome
 _GAIN = 1.02  # what speculation must promise at least: the estimates are noisy
-_FIRST_PAUSE, _LONGEST_PAUSE = 4, 64  # steps without proposals before a row tries again
+_LONGEST_PAUSE = 16  # steps in which a row that had no luck does not even ask its drafter
+_PROBE = 4  # every so many times that nothing pays, one proposal is checked all the same
 
 
 def evidence_class(evidence: int) -> int:
@@ -57,18 +58,25 @@ class StepCost:
         base, slope = self._line()
         return base + slope * num_tokens
 
-    def ratio(self, num_tokens: int, extra: int) -> float:
-        """Time of a step of `num_tokens + extra` tokens over that of one of `num_tokens`."""
-        return self._at(num_tokens + extra) / max(self._at(num_tokens), 1e-12)
+    def slope(self, num_tokens: int) -> float:
+        """Time of one token more, over that of a step of `num_tokens`."""
+        base, slope = self._line()
+        return slope / max(base + slope * num_tokens, 1e-12)
 
 
 @dataclass
 class RowTrust:
-    """What one row has learned."""
+    """What one row has learned. `num_misses` in a row; `wait` steps until it asks again; `num_idle` drafts unused."""
 
     chances: dict[int, float] = field(default_factory=dict)
-    pause: int = _FIRST_PAUSE
-    num_skipped: int = 0
+    num_misses: int = 0
+    wait: int = 0
+    num_idle: int = 0
+
+    def miss(self) -> None:
+        self.num_misses += 1
+        if self.num_misses > 1:
+            self.wait = min(2 ** (self.num_misses - 2), _LONGEST_PAUSE)
 
 
 class DraftLength:
@@ -85,26 +93,37 @@ class DraftLength:
         row = self._rows.get(seq_id)
         return (row.chances if row else {}).get(key, self._chances.get(key, _PRIORS[key]))
 
+    def is_waiting(self, seq_id: int) -> bool:
+        """Whether the row leaves this step out."""
+        row = self._rows.get(seq_id)
+        if row is None or row.wait == 0:
+            return False
+        row.wait -= 1
+        return True
+
     def choose(self, seq_id: int, draft: Draft, num_rows: int) -> Draft:
         """The part of a draft to check in a step of `num_rows` rows; it may be empty."""
         row = self._rows.setdefault(seq_id, RowTrust())
         length = self._best_length(draft, self.chance(seq_id, draft.evidence), num_rows)
         if length == 0:
-            row.num_skipped += 1
-            if row.num_skipped < row.pause:
+            row.num_idle += 1
+            if row.num_idle % _PROBE:
+                row.miss()
                 return Draft()
             length = 1  # to see whether the text has changed
-        row.num_skipped = 0
         return draft.trimmed(length, length)
 
     def _best_length(self, draft: Draft, chance: float, num_rows: int) -> int:
         depths = depths_of([-1, *draft.parents])[1:]
+        slope = self.cost.slope(num_rows)
         best, best_gain, gained = 0, _GAIN, 0.0
         for count, (depth, score) in enumerate(zip(depths, draft.scores), 1):
             gained += score * chance**depth
-            gain = (1 + gained / num_rows) / self.cost.ratio(num_rows, count)
+            gain = (1 + gained / num_rows) / (1 + slope * count)
             if gain > best_gain:
                 best, best_gain = count, gain
+            elif count == depth and score * chance**depth / num_rows < slope * gain:
+                break  # along a chain the next one is worth even less
         return best
 
     def observe(self, seq_id: int, evidence: int, outcomes: SequenceOf[bool]) -> None:
@@ -115,9 +134,9 @@ class DraftLength:
             row.chances[key] = _moved(self.chance(seq_id, evidence), right, _RATE)
             self._chances[key] = _moved(self._chances.get(key, _PRIORS[key]), right, _RATE / 3)
         if outcomes and not outcomes[0]:
-            row.pause = min(2 * row.pause, _LONGEST_PAUSE)
+            row.miss()
         elif outcomes:
-            row.pause = _FIRST_PAUSE
+            row.num_misses = row.wait = 0
 
     def forget(self, seq_id: int) -> None:
         self._rows.pop(seq_id, None)

@@ -69,7 +69,7 @@ class RequestMetrics:
     prefill_ms  first step to first token, encoding included
     decode_ms   first token to last
     ttft_ms     arrival to first token
-    speculation what proposals were worth; None without speculative decoding
+    speculation what proposals were worth, known at the end; None without speculative decoding
     """
 
     num_prompt_tokens: int = 0

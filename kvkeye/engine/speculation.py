@@ -66,11 +66,17 @@ class Speculation:
         self._evidence: dict[int, int] = {}  # of the drafts of the current step
 
     def propose(self, sequences: SequenceOf[Sequence], budget: int) -> dict[int, Draft]:
+        num_rows = len(sequences)
+        if self.adaptive:
+            sequences = [seq for seq in sequences if not self.length.is_waiting(seq.seq_id)]
+        self._evidence = {}
+        if not sequences:
+            return {}
         limits = {seq.seq_id: min(self.num_tokens, seq.max_draft_depth) for seq in sequences}
         drafts = self.drafter.propose(sequences, limits)
         found = {}
         for seq_id, draft in drafts.items():
-            kept = self.length.choose(seq_id, draft, len(sequences)) if self.adaptive else draft
+            kept = self.length.choose(seq_id, draft, num_rows) if self.adaptive else draft
             kept = kept.trimmed(budget, budget)
             if len(kept):
                 found[seq_id] = kept
@@ -84,12 +90,12 @@ class Speculation:
 
     def observe(self, step: Step, sequences: dict[int, Sequence], num_drawn: dict[int, int], seconds: float) -> None:
         """A step has taken `seconds`, and `num_drawn[row id]` tokens came of its rows."""
-        decoding = [row for row in step.rows if _is_decoding(row, sequences.get(row.seq_id))]
+        decoding = [row for row in step.rows if _is_decoding(row, sequences[row.seq_id])]
         if len(decoding) == len(step.rows):
             self.length.cost.observe(step.num_tokens, seconds)
         # A token alone would have cost a step like this one without its proposals.
         drafted = sum(len(row.parents) - 1 for row in decoding if row.parents)
-        plain = seconds / self.length.cost.ratio(step.num_tokens - drafted, drafted) if drafted else seconds
+        plain = seconds / (1 + drafted * self.length.cost.slope(step.num_tokens - drafted)) if drafted else seconds
         for row in decoding:
             seq, drawn = sequences[row.seq_id], num_drawn.get(row.seq_id, 0)
             tallies = (self.total, self._by_request.setdefault(seq.request.request_id, Tally()))
@@ -125,10 +131,5 @@ def speculation_of(config: EngineConfig, drafter: Drafter | None, backends: str)
     return Speculation(drafter, wanted.num_speculative_tokens, wanted.adaptive)
 
 
-def _is_decoding(row: Row, seq: Sequence | None) -> bool:
-    return (
-        seq is not None
-        and seq.num_generated > 0
-        and row.num_samples == 1
-        and (bool(row.parents) or len(row.tokens) == 1)
-    )
+def _is_decoding(row: Row, seq: Sequence) -> bool:
+    return seq.num_generated > 0 and row.num_samples == 1 and (bool(row.parents) or len(row.tokens) == 1)

@@ -93,7 +93,7 @@ def test_the_drafters_that_users_get(method, width, adaptive):
     config = SpeculationConfig(method, num_speculative_tokens=12, tree_width=width, adaptive=adaptive)
     served = served_by(speculation=config)
     counts = check_lossless(served, PROMPTS, truth(), rounds=2)
-    assert counts.num_accepted_tokens > 30  # random weights repeat themselves
+    assert counts.num_accepted_tokens > (5 if adaptive else 30)  # random weights repeat themselves
 
 
 def test_recent_answers_are_proposed_again():
