@@ -6,44 +6,24 @@
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
-// Pairs of bf16 -> fp32, the upper of each pair first.
-KVKEYE_INLINE void widen_inputs(const uint32_t* pairs, int words, float* out) {
-  for (int i = 0; i < words; i += kLanes) {
-    Vu bits;
-    std::memcpy(&bits, pairs + i, sizeof bits);
-    bits = bits << 16 | bits >> 16;
-    Vh half[2];
-    std::memcpy(half, &bits, sizeof bits);
-    store(out + 2 * i, widen(half[0]));
-    store(out + 2 * i + kLanes, widen(half[1]));
-  }
-}
-
 // `count` values of a row -> inputs as Product takes them, zeros up to a whole word.
 template <class T, class Product> KVKEYE_INLINE void load_inputs(const T* x, int count, float* out) {
-  constexpr bool widens = sizeof(T) == 2 && Product::steps == 2;
-  if (count == kInputChunk && widens)
-    return widen_inputs((const uint32_t*)x, kInputChunk / 2, out);
-  if (count == kInputChunk) {
-    std::memcpy(out, x, sizeof(T) * kInputChunk);
-    return;
-  }
-  alignas(64) T padded[kInputChunk] = {};
+  constexpr int chunk = kInputChunk<T>;
+  if (count == chunk)
+    return Product::inputs((const uint32_t*)x, chunk * sizeof(T) / 4, out);
+  alignas(64) T padded[chunk] = {};
   std::memcpy(padded, x, sizeof(T) * count);
-  if (widens)
-    widen_inputs((const uint32_t*)padded, kInputChunk / 2, out);
-  else
-    std::memcpy(out, padded, sizeof padded);
+  Product::inputs((const uint32_t*)padded, chunk * sizeof(T) / 4, out);
 }
 
-// Words of pairs -> twice as many words of fp32, the upper of each pair first.
-KVKEYE_INLINE void widen_weights(const float* packed, int words, float* w) {
+// Words of a weight -> twice as many in the form of each step.
+template <class Product> KVKEYE_INLINE void widen_weights(const float* packed, int words, float* w) {
   for (int k = 0; k < words; ++k)
 #pragma GCC unroll 16
     for (int o = 0; o < kPanel; o += kLanes) {
-      const Vf pairs = load(packed + k * kPanel + o);
-      store(w + 2 * k * kPanel + o, upper(pairs));
-      store(w + (2 * k + 1) * kPanel + o, lower(pairs));
+      const Vf word = load(packed + k * kPanel + o);
+      store(w + 2 * k * kPanel + o, Product::weight(word, 0));
+      store(w + (2 * k + 1) * kPanel + o, Product::weight(word, 1));
     }
 }
 

@@ -11,7 +11,7 @@ namespace kvkeye::KVKEYE_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVectors = 4; // 24 sums, 4 weights and 1 input in 32 registers
+constexpr int kTileRows = 12, kTileVectors = 2; // 24 sums, 2 weights and 1 input in 32 registers
 #else
 constexpr int kTileRows = 4, kTileVectors = 2; // 8 sums, 2 weights and 1 input in 16 registers
 #endif
@@ -23,18 +23,41 @@ KVKEYE_INLINE Vf lower(Vf pairs) {
   return (Vf)((Vu)pairs << 16);
 }
 
-// How a word of 4 bytes of a weight is multiplied: in `steps`, each with an input of its own.
+// How words of 4 bytes are multiplied: `inputs` brings those of a row into the form of each of the `steps` of
+// a word, `weight` those of a weight. A row of a chunk's inputs takes `row_words`. Where there are two steps,
+// weights in both forms are words of a product of one step, `Wide`.
+
+// Nothing to bring into form.
+template <int RowWords> struct AsTheyAre {
+  static constexpr int steps = 1, row_words = RowWords;
+  KVKEYE_INLINE void inputs(const uint32_t* words, int count, float* out) {
+    std::memcpy(out, words, 4 * count);
+  }
+  KVKEYE_INLINE Vf weight(Vf word, int) { return word; }
+};
 
 // One fp32.
-struct Single {
-  static constexpr int steps = 1;
-  KVKEYE_INLINE Vf weight(Vf word, int) { return word; }
+struct Single : AsTheyAre<128> {
+  using Sum = Vf;
   KVKEYE_INLINE Vf multiply(Vf x, Vf w, Vf total) { return fma(x, w, total); }
 };
 
 // Two bf16, widened here: the upper product enters the sum first, as vdpbf16ps does it.
 struct Widened {
-  static constexpr int steps = 2;
+  using Sum = Vf;
+  using Wide = Single;
+  static constexpr int steps = 2, row_words = 128;
+  KVKEYE_INLINE void inputs(const uint32_t* pairs, int count, float* out) {
+    for (int i = 0; i < count; i += kLanes) {
+      Vu bits;
+      std::memcpy(&bits, pairs + i, sizeof bits);
+      bits = bits << 16 | bits >> 16;
+      Vh half[2];
+      std::memcpy(half, &bits, sizeof bits);
+      store(out + 2 * i, widen(half[0]));
+      store(out + 2 * i + kLanes, widen(half[1]));
+    }
+  }
   KVKEYE_INLINE Vf weight(Vf word, int step) { return step == 0 ? upper(word) : lower(word); }
   KVKEYE_INLINE Vf multiply(Vf x, Vf w, Vf total) { return fma(x, w, total); }
 };
@@ -42,31 +65,80 @@ struct Widened {
 #if defined(__AVX512BF16__)
 // Two bf16 in one instruction, which is two fused multiply-adds. Some CPUs need more time for it than for
 // those two.
-struct Paired {
-  static constexpr int steps = 1;
-  KVKEYE_INLINE Vf weight(Vf word, int) { return word; }
+struct Paired : AsTheyAre<64> {
+  using Sum = Vf;
   KVKEYE_INLINE Vf multiply(Vf x, Vf w, Vf total) {
     return (Vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)x, (__m512bh)w);
   }
 };
 #endif
 
-// total[m][o] (+)= the sum over the words of a chunk of x[m] w[o]. Inputs of a row lie together, rows
-// kInputChunk apart. With `next`, weights there are asked for at the pace at which w is read.
+typedef int16_t Vs __attribute__((vector_size(kLanes * 4)));
+
+// x[0] w[0] + x[1] w[1] of pairs of int16.
+KVKEYE_INLINE Vi pair_products(Vs x, Vs w) {
+#if defined(__AVX512F__)
+  return (Vi)_mm512_madd_epi16((__m512i)x, (__m512i)w);
+#elif defined(__AVX2__)
+  return (Vi)_mm256_madd_epi16((__m256i)x, (__m256i)w);
+#elif defined(__SSE2__)
+  return (Vi)_mm_madd_epi16((__m128i)x, (__m128i)w);
+#else
+  return ((Vi)x << 16 >> 16) * ((Vi)w << 16 >> 16) + ((Vi)x >> 16) * ((Vi)w >> 16);
+#endif
+}
+
+// Two int16.
+struct Int16Pairs : AsTheyAre<128> {
+  using Sum = Vi;
+  KVKEYE_INLINE Vi multiply(Vf x, Vf w, Vi total) { return total + pair_products((Vs)x, (Vs)w); }
+};
+
+// Four int8 times four uint8 as two pairs of int16, neighbours but one: 8 bits times 8 bits would not fit
+// into the saturated sums of vpmaddubsw.
+struct Int8Pairs {
+  using Sum = Vi;
+  using Wide = Int16Pairs;
+  static constexpr int steps = 2, row_words = 128;
+  KVKEYE_INLINE void inputs(const uint32_t* words, int count, float* out) {
+    for (int i = 0; i < count; ++i) {
+      int8_t x[4];
+      std::memcpy(x, words + i, sizeof x);
+      const int16_t pairs[4] = {x[0], x[2], x[1], x[3]};
+      std::memcpy(out + 2 * i, pairs, sizeof pairs);
+    }
+  }
+  KVKEYE_INLINE Vf weight(Vf word, int step) { return (Vf)((Vu)word >> 8 * step & 0x00ff00ffu); }
+  KVKEYE_INLINE Vi multiply(Vf x, Vf w, Vi total) { return Int16Pairs::multiply(x, w, total); }
+};
+
+#if defined(__AVX512VNNI__)
+// Four int8 times four uint8 in one instruction.
+struct Int8Quads : AsTheyAre<64> {
+  using Sum = Vi;
+  KVKEYE_INLINE Vi multiply(Vf x, Vf w, Vi total) {
+    return (Vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, (__m512i)x);
+  }
+};
+#else
+using Int8Quads = Int8Pairs;
+#endif
+
+// total[m][o] (+)= the sum over the words of a chunk of x[m] w[o]. Inputs of a row lie together. With
+// Streams, a cache line at `next` is asked for with every word.
 template <class Product, int M, int N, bool Streams>
-void multiply(const float* x, const float* w, int words, float* total, bool first, const float* next) {
+void multiply(const float* x, const float* w, int words, float* total, bool first, const char* next) {
+  using Sum = typename Product::Sum;
   for (int o = 0; o < kPanel; o += N * kLanes) {
-    Vf sum[M][N];
+    Sum sum[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
-        sum[m][n] = Vf{};
+        sum[m][n] = Sum{};
     for (int k = 0; k < words; ++k) {
-      if constexpr (Streams)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n)
-          __builtin_prefetch(next + k * kPanel + o + n * kLanes);
+      if (Streams && o == 0)
+        __builtin_prefetch(next + k * 64);
 #pragma GCC unroll 2
       for (int step = 0; step < Product::steps; ++step) {
         Vf weight[N];
@@ -75,7 +147,7 @@ void multiply(const float* x, const float* w, int words, float* total, bool firs
           weight[n] = Product::weight(load(w + k * kPanel + o + n * kLanes), step);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const Vf input = splat(x[m * kInputChunk + k * Product::steps + step]);
+          const Vf input = splat(x[m * Product::row_words + k * Product::steps + step]);
 #pragma GCC unroll 8
           for (int n = 0; n < N; ++n)
             sum[m][n] = Product::multiply(input, weight[n], sum[m][n]);
@@ -87,19 +159,18 @@ void multiply(const float* x, const float* w, int words, float* total, bool firs
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         float* at = total + m * kPanel + o + n * kLanes;
-        store(at, first ? sum[m][n] : load(at) + sum[m][n]);
+        store(at, (Vf)(first ? sum[m][n] : (Sum)load(at) + sum[m][n]));
       }
   }
 }
 
 // The tile of `rows` rows, at most Rows of them.
-template <class Product, bool Streams, int Rows>
+template <class Product, bool Streams, int Rows = kTileRows>
 KVKEYE_INLINE void multiply_tile(const float* x, const float* w, int words, int rows, float* total,
-                                 bool first, const float* next) {
+                                 bool first, const char* next) {
   if constexpr (Rows > 0) {
-    constexpr int vectors = Rows <= kTileRows ? kTileVectors : kTileVectors / 2;
     if (rows == Rows)
-      return multiply<Product, Rows, vectors, Streams>(x, w, words, total, first, next);
+      return multiply<Product, Rows, kTileVectors, Streams>(x, w, words, total, first, next);
     multiply_tile<Product, Streams, Rows - 1>(x, w, words, rows, total, first, next);
   }
 }
@@ -118,21 +189,6 @@ struct Upcoming {
         __builtin_prefetch(next.first + row * next.stride + line * 64, 0, 2);
   }
 };
-
-// Many rows: memory has the time of all tiles to bring what comes next.
-template <class Product>
-void multiply_rows(const float* x, const float* w, int words, int rows, float* total, bool first,
-                   const Upcoming& weights, const Upcoming& inputs) {
-  const int tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int row = tile * kTileRows;
-    Upcoming::fetch(weights, tile, tiles);
-    Upcoming::fetch(inputs, tile, tiles);
-    multiply_tile<Product, false, kTileRows>(x + row * kInputChunk, w, words,
-                                             rows - row < kTileRows ? rows - row : kTileRows,
-                                             total + row * kPanel, first, nullptr);
-  }
-}
 
 } // namespace
 } // namespace kvkeye::KVKEYE_ISA

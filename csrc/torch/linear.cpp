@@ -1,13 +1,9 @@
 // Linear layers: tensors to Params to kernels.
 #include "kvkeye/linear.h"
-#include "checks.h"
+#include "linear_cut.h"
 
 #include <algorithm>
 #include <optional>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace kvkeye {
 namespace {
@@ -36,7 +32,7 @@ Weight plain_weight(const char* op, const Tensor& x, const Tensor& weight) {
 
 Weight packed_weight(const char* op, const Tensor& x, const Tensor& packed, int64_t outputs, int64_t parts) {
   const Argument argument{op, "packed", packed};
-  argument.has_dim(5, "[blocks, parts, words, 64, values per word]");
+  argument.has_dim(5, "[blocks, parts, words, 32, values per word]");
   argument.has_dtype(x.scalar_type());
   require(x.dim() >= 1, op, ": x is a scalar; expected [..., K].");
   const int64_t values = per_word(x.scalar_type()), inputs = x.size(-1);
@@ -50,21 +46,6 @@ struct Ending {
   const std::optional<Tensor>* bias = nullptr;
   const Tensor* residual = nullptr;
 };
-
-// Rows and panels of one item: few rows stream single panels; many share the preparation of their inputs
-// among panels as long as there are items for all threads.
-template <class T> void choose_blocks(LinearParams<T>& params) {
-  constexpr int64_t few = 12, tile = 6, enough = 32;
-  params.row_block = std::max<int64_t>(params.rows, 1);
-  params.block_group = 1;
-  if (params.rows <= few)
-    return;
-  const int64_t even = blocks_of(params.rows, blocks_of(params.rows, LinearParams<T>::kRowBlock));
-  params.row_block = blocks_of(even, tile) * tile;
-  params.block_group = LinearParams<T>::kGroupPanels / params.parts();
-  while (params.block_group > 1 && params.items() < enough)
-    params.block_group /= 2;
-}
 
 Tensor run(const char* op, const Tensor& x, const Weight& weight, const Ending& ending) {
   const Argument x_argument{op, "x", x};
@@ -104,10 +85,9 @@ Tensor run(const char* op, const Tensor& x, const Weight& weight, const Ending& 
     params.epilogue = ending.epilogue;
     params.packed = weight.packed;
     params.paired = fast_bf16_pairs();
-    choose_blocks(params);
-    const int64_t cost =
-        params.block_group * params.parts() * kPanel * (params.inputs + 1) * params.row_block;
-    for_items(params.items(), cost, [&](int64_t begin, int64_t end) { cpu::linear(params, begin, end); });
+    choose_cut(params);
+    for_items(params.items(), cost_of_item(params),
+              [&](int64_t begin, int64_t end) { cpu::linear(params, begin, end); });
   });
   return y;
 }
@@ -139,18 +119,6 @@ Tensor prepacked_linear_add(const Tensor& x, const Tensor& packed, const std::op
 Tensor prepacked_linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t outputs) {
   const char* op = "prepacked_linear_silu_mul";
   return run(op, x, packed_weight(op, x, packed, outputs, 2), {Epilogue::silu_mul, nullptr, nullptr});
-}
-
-// Weights are read from end to end at every step: large pages spare the table walks. Only advice.
-void advise_large_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 4096;
-  const uintptr_t first = ((uintptr_t)tensor.mutable_data_ptr() + page - 1) / page * page;
-  const uintptr_t last =
-      ((uintptr_t)tensor.mutable_data_ptr() + tensor.numel() * tensor.element_size()) / page * page;
-  if (last > first)
-    madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
 }
 
 Tensor pack_weight(const Tensor& weight, int64_t parts, int64_t values) {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvkeye.cli.exits import USAGE, CommandError
-from kvkeye.engine.config import DTYPES, EngineConfig
+from kvkeye.engine.config import DTYPES, QUANTIZATIONS, EngineConfig
 from kvkeye.engine.request import SamplingParams
 
 MODES = ("think", "no_think", "auto")
@@ -64,6 +64,7 @@ def add_media(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", choices=DTYPES, help="number format (default: what the machine computes fast)")
+    group.add_argument("--quantization", choices=QUANTIZATIONS, help="smaller weights for the language model, on a CPU")
     group.add_argument("--device", metavar="NAME", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
     group.add_argument(
         "--backends", default="", metavar="ORDER", help="op implementations in order, e.g. cpp,eager (see kvkeye ops)"
@@ -86,6 +87,7 @@ def engine_config(arguments: argparse.Namespace, model: Path) -> EngineConfig:
     return EngineConfig(
         model=str(model),
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         device=arguments.device,
         backends=arguments.backends,
         max_model_len=arguments.max_model_len,

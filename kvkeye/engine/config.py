@@ -11,6 +11,7 @@ from kvkeye.errors import ConfigError
 
 SPECULATION_METHODS = ("ngram", "suffix")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class EngineConfig:
 
     model                   folder of a checkpoint in the Hub's layout
     dtype                   "float32", "bfloat16" or "float16"; None: bf16 on a GPU and on CPUs with AVX512-BF16 or AMX
+    quantization            "int8": the language model's matrices as int8 levels, on the CPU; None: as loaded
     device                  "cpu", "cuda", "cuda:1"; None: a GPU if there is one
     block_size              tokens per KV block
     max_model_len           longest prompt plus answer, in tokens; None: the checkpoint's, at most 32768
@@ -86,6 +88,7 @@ class EngineConfig:
 
     model: str
     dtype: str | None = None
+    quantization: str | None = None
     device: str | None = None
     block_size: int = 32
     max_model_len: int | None = None
@@ -114,6 +117,10 @@ class EngineConfig:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(
                 f"EngineConfig.dtype: got {self.dtype!r}; expected one of {', '.join(DTYPES)}, or None to choose."
+            )
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"EngineConfig.quantization: got {self.quantization!r}; expected {', '.join(QUANTIZATIONS)}, or None."
             )
         counts = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_encoder_patches")
         for name in (*counts, "num_prepare_threads"):

@@ -40,7 +40,7 @@ from kvkeye.engine.runner import Runner, StepResult
 from kvkeye.engine.scheduler import Limits, Scheduler
 from kvkeye.engine.speculation import speculation_of
 from kvkeye.engine.step import Step
-from kvkeye.errors import CapacityError, RequestError
+from kvkeye.errors import CapacityError, ConfigError, RequestError
 from kvkeye.models.keye.model import KeyeModel
 
 logger = logging.getLogger("kvkeye.engine")
@@ -127,17 +127,24 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads a checkpoint. ConfigError, WeightError or CapacityError before memory is taken."""
-        from kvkeye.layers import pack_weights
+        from kvkeye.layers import pack_weights, quantize_weights
         from kvkeye.models.keye.parsing import OutputParser
         from kvkeye.models.keye.processor import KeyeProcessor
         from kvkeye.models.keye.weights import check_folder, load_model
 
         device = torch.device(config.device) if config.device else default_device()
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
+        if config.quantization is not None and device.type != "cpu":
+            raise ConfigError(
+                f"EngineConfig.quantization: {config.quantization} weights run on the CPU; the device is {device}. "
+                "Leave it out, or choose device='cpu'."
+            )
         report = check_folder(config.model)
         check_weights_fit(report.num_loaded * dtype.itemsize, device)
         processor = KeyeProcessor.from_folder(config.model, media_workers=config.media_workers)
         model = load_model(config.model, dtype, device)
+        if config.quantization == "int8":
+            quantize_weights(model.language)
         pack_weights(model)
         logger.info("%s: %s on %s", config.model, dtype, device)
         engine = cls(config, model, processor, OutputParser)

@@ -6,7 +6,7 @@ from kvkeye.layers.embedding import Embedding
 from kvkeye.layers.linear import Linear
 from kvkeye.layers.mlp import GeluMLP, SwiGLU
 from kvkeye.layers.norm import LayerNorm, RMSNorm
-from kvkeye.layers.packed import PackableWeight, pack_weights
+from kvkeye.layers.packed import PackableWeight, pack_weights, quantize_weights
 
 __all__ = [
     "Context",
@@ -22,4 +22,5 @@ __all__ = [
     "SelfAttention",
     "SwiGLU",
     "pack_weights",
+    "quantize_weights",
 ]

@@ -25,10 +25,24 @@ class Embedding(PackableWeight):
         if self.head:
             super().pack()
 
+    def quantize(self) -> None:
+        """As PackableWeight for the output head; lookups keep the exact rows."""
+        weight = self.weight
+        if self.head:
+            super().quantize()
+            self.weight = weight
+
+    def unpack(self) -> None:
+        """Back to a plain weight alone."""
+        if self.scales is None:
+            super().unpack()
+        self.packed = self.scales = None
+
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, H]."""
-        if self.packed is None:
-            return nn.functional.embedding(token_ids, self.plain_weight())
+        if self.weight is not None:
+            return nn.functional.embedding(token_ids, self.weight)
+        assert self.packed is not None
         panel = self.packed.shape[3]
         block, row = token_ids.div(panel, rounding_mode="floor"), token_ids % panel
         # A row's words lie a panel apart.
@@ -39,6 +53,8 @@ class Embedding(PackableWeight):
         """The table as output head: [T, H] -> [T, V]."""
         if self.packed is None:
             found: Tensor = ops.packed_linear(hidden, self.plain_weight(), None)
+        elif self.scales is not None:
+            found = ops.int8_linear(hidden, self.packed, self.scales, None)
         else:
             found = ops.prepacked_linear(hidden, self.packed, None, self.outputs)
         return found

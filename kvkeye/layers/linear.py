@@ -12,8 +12,9 @@ from kvkeye.layers.packed import PackableWeight
 class Linear(PackableWeight):
     """y = x W^T + b with one order of summation for every number of rows. weight [O, K], bias [O] or None.
 
-    gelu, add and silu_mul are y and the next step of the layer, in one pass where the weight is packed and with the
-    same bits where it is not. parts=2: the rows of a gate come first, those of what it multiplies second.
+    gelu, add and silu_mul are y and the next step of the layer, in one pass where the weight is packed (of int8 all
+    but gelu) and with the same bits where it is not. parts=2: the rows of a gate come first, those of what it
+    multiplies second.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: int = 1) -> None:
@@ -32,13 +33,15 @@ class Linear(PackableWeight):
         """[..., K] -> [..., O]."""
         if self.packed is None or self.parts > 1:
             y: Tensor = ops.packed_linear(x, self.plain_weight(), self.bias)
+        elif self.scales is not None:
+            y = ops.int8_linear(x, self.packed, self.scales, self.bias)
         else:
             y = ops.prepacked_linear(x, self.packed, self.bias, self.outputs)
         return y
 
     def gelu(self, x: Tensor, tanh: bool) -> Tensor:
         """gelu(y): [..., K] -> [..., O]."""
-        if self.packed is None:
+        if self.packed is None or self.scales is not None:
             y: Tensor = ops.gelu(self(x), tanh)
         else:
             y = ops.prepacked_linear_gelu(x, self.packed, self.bias, self.outputs, tanh)
@@ -48,17 +51,22 @@ class Linear(PackableWeight):
         """residual + y: [..., K] and [..., O] -> [..., O]."""
         if self.packed is None:
             return residual + self(x)  # type: ignore[no-any-return]
-        y: Tensor = ops.prepacked_linear_add(x, self.packed, self.bias, residual)
+        if self.scales is not None:
+            y: Tensor = ops.int8_linear_add(x, self.packed, self.scales, self.bias, residual)
+        else:
+            y = ops.prepacked_linear_add(x, self.packed, self.bias, residual)
         return y
 
     def silu_mul(self, x: Tensor) -> Tensor:
         """silu(first half of y) * second half: [..., K] -> [..., O / 2]. Of a layer of two parts without bias."""
         if self.packed is None:
             y: Tensor = ops.silu_mul(self(x))
+        elif self.scales is not None:
+            y = ops.int8_linear_silu_mul(x, self.packed, self.scales)
         else:
             y = ops.prepacked_linear_silu_mul(x, self.packed, self.outputs // 2)
         return y
 
     def extra_repr(self) -> str:
-        form = "" if self.packed is None else ", packed"
+        form = "" if self.packed is None else ", packed" if self.scales is None else ", int8"
         return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}{form}"

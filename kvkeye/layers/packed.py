@@ -18,18 +18,22 @@ class PackableWeight(nn.Module):
     """Base of modules with one matrix `weight` [O, K].
 
     weight   the parameter, or None while packed
-    packed   ops.pack_weight of it, or None while plain
+    packed   ops.pack_weight of it, or the levels of ops.quantize_weight, or None while plain
+    scales   of the levels, or None while the weight is exact
     parts    2 where the outputs are two halves that are multiplied with each other
     """
 
     weight: nn.Parameter | None
     packed: Tensor | None
+    scales: Tensor | None
 
     def __init__(self, outputs: int, inputs: int, parts: int = 1) -> None:
         super().__init__()
         self.outputs, self.inputs, self.parts = outputs, inputs, parts
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.dtype = self.weight.dtype
         self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("scales", None, persistent=False)
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -39,17 +43,27 @@ class PackableWeight(nn.Module):
             self.weight = None
 
     @torch.no_grad()
+    def quantize(self) -> None:
+        """Replaces the weight by int8 levels: for inference. What rounding took is lost."""
+        if self.weight is not None:
+            self.dtype = self.weight.dtype
+            self.packed, self.scales = ops.quantize_weight(self.weight, self.parts)
+            self.weight = None
+
+    @torch.no_grad()
     def unpack(self) -> None:
         """Back to a plain weight."""
         if self.packed is not None:
             self.weight = nn.Parameter(self.plain_weight())
-            self.packed = None
+            self.packed = self.scales = None
 
     def plain_weight(self) -> Tensor:
-        """[O, K]: the parameter, or a copy made from the packed form."""
+        """[O, K]: the parameter, or a copy made from the packed form; of int8 levels, what they stand for."""
         if self.weight is not None:
             return self.weight
         assert self.packed is not None
+        if self.scales is not None:
+            return ops.dequantize_weight(self.packed, self.scales, self.inputs).to(self.dtype)
         return ops.unpack_weight(self.packed, self.outputs // self.parts, self.inputs).contiguous()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -62,10 +76,12 @@ class PackableWeight(nn.Module):
             destination[prefix + "weight"] = self.plain_weight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        packed = self.packed is not None
+        packed, quantized = self.packed is not None, self.scales is not None
         self.unpack()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if packed:
+        if quantized:
+            self.quantize()
+        elif packed:
             self.pack()
 
 
@@ -76,10 +92,18 @@ def pack_weights(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if isinstance(module, PackableWeight) and module.weight is not None:
+        if isinstance(module, PackableWeight) and module.weight is not None and module.packed is None:
             weight = module.weight
             if ops.pack_weight.select(weight, module.parts, ops.values_per_word(weight.dtype))[0] != "cpp":
                 return count
             module.pack()
             count += module.packed is not None
     return count
+
+
+def quantize_weights(model: nn.Module) -> int:
+    """Turns the weights of a model into int8 levels for inference on the CPU, one at a time; returns how many."""
+    modules = [module for module in model.modules() if isinstance(module, PackableWeight)]
+    for module in modules:
+        module.quantize()
+    return sum(module.scales is not None for module in modules)

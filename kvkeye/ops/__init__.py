@@ -14,6 +14,13 @@ from kvkeye.ops.attention import (
     varlen_attention,
     varlen_attention_backward,
 )
+from kvkeye.ops.int8_linear import (
+    dequantize_weight,
+    int8_linear,
+    int8_linear_add,
+    int8_linear_silu_mul,
+    quantize_weight,
+)
 from kvkeye.ops.kv_cache import append_kv, copy_blocks, qk_norm_mrope_append
 from kvkeye.ops.linear import (
     pack_weight,
@@ -79,10 +86,14 @@ __all__ = [
     "blend_tiles",
     "blend_tiles_backward",
     "copy_blocks",
+    "dequantize_weight",
     "fuse_tiles",
     "fuse_tiles_backward",
     "gelu",
     "gelu_backward",
+    "int8_linear",
+    "int8_linear_add",
+    "int8_linear_silu_mul",
     "interpolate_position",
     "interpolate_position_backward",
     "layer_norm",
@@ -107,6 +118,7 @@ __all__ = [
     "qk_norm_mrope",
     "qk_norm_mrope_append",
     "qk_norm_mrope_backward",
+    "quantize_weight",
     "resize_image",
     "rms_norm",
     "rms_norm_backward",

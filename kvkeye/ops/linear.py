@@ -1,7 +1,7 @@
 """Linear layers with one order of summation for every number of rows.
 
 Two forms of weights. Plain ones [O, K] serve training and every device. Packed ones serve inference on the CPU: panels
-of 64 outputs side by side, read from end to end at every call; what follows the product in a layer is then done before
+of 32 outputs side by side, read from end to end at every call; what follows the product in a layer is then done before
 the result leaves the cache. Form and epilogue change no bit of `cpp`.
 """
 
@@ -16,7 +16,7 @@ from kvkeye.ops._op import op
 from kvkeye.ops.activation import gelu, silu_mul
 
 #: Outputs of one panel of a packed weight.
-PANEL = 64
+PANEL = 32
 
 
 def _factors_fit(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Iterator[str]:
@@ -91,7 +91,7 @@ def pack_weight(weight: Tensor, parts: int, values: int) -> Tensor:
     Shapes     weight [parts * O, K]
     Args       parts: 2 for gate and up in one weight: their panels alternate;  values: v, neighbours in k that lie
                together, values_per_word(dtype)
-    Returns    [ceil(O / 64), parts, ceil(K / v), 64, v] dtype of weight; zeros at the edges
+    Returns    [ceil(O / 32), parts, ceil(K / v), 32, v] dtype of weight; zeros at the edges
     Numerics   exact
     Gradient   none: inference only
     Errors     ValueError if the outputs do not fall into `parts` equal parts
@@ -100,14 +100,14 @@ def pack_weight(weight: Tensor, parts: int, values: int) -> Tensor:
     outputs = weight.shape[0] // parts
     rows = weight.unflatten(0, (parts, outputs))
     padded = torch.nn.functional.pad(rows, (0, -weight.shape[1] % values, 0, -outputs % PANEL))
-    panels = padded.unflatten(2, (-1, values)).unflatten(1, (-1, PANEL))  # [parts, blocks, 64, words, v]
+    panels = padded.unflatten(2, (-1, values)).unflatten(1, (-1, PANEL))  # [parts, blocks, 32, words, v]
     packed: Tensor = panels.permute(1, 0, 3, 2, 4).clone(memory_format=torch.contiguous_format)
     return packed
 
 
 def unpack_weight(packed: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight [parts * O, K] that pack_weight was given. outputs: O, of one part."""
-    rows = packed.permute(1, 0, 3, 2, 4).flatten(3, 4).flatten(1, 2)  # [parts, blocks * 64, words * v]
+    rows = packed.permute(1, 0, 3, 2, 4).flatten(3, 4).flatten(1, 2)  # [parts, blocks * 32, words * v]
     return rows[:, :outputs, :inputs].flatten(0, 1)
 
 

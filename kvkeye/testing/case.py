@@ -19,6 +19,7 @@ FAMILIES = (
     "activation",
     "vision",
     "linear",
+    "int8_linear",
     "kv_cache",
     "attention",
     "sampling",

@@ -1,7 +1,7 @@
 """Trains a recipe, or scores a checkpoint folder that was trained on scenes.
 
 python -m kvkeye.train recipe.toml steps=100 optimizer.lr=1e-3
-python -m kvkeye.train evaluate FOLDER [count=500] [card=true]
+python -m kvkeye.train evaluate FOLDER [count=500] [card=true] [quantization=int8]
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from pathlib import Path
 from kvkeye.train.recipe import parse_overrides
 
 
-def evaluate_folder(folder: Path, count: int, card: bool) -> None:
-    """Prints the table of held-out and shifted scores; with `card` writes the model card too."""
+def evaluate_folder(folder: Path, count: int, card: bool, quantization: str | None = None) -> None:
+    """Prints the table of held-out and shifted scores; with `card` writes the model card too.
+
+    quantization: "int8" scores the model with the weights that an engine with that option computes with.
+    """
     import torch
 
+    from kvkeye.layers import quantize_weights
     from kvkeye.models.keye.processor import load_tokenizer
     from kvkeye.models.keye.weights import load_model
     from kvkeye.train.card import write_card
@@ -24,6 +28,10 @@ def evaluate_folder(folder: Path, count: int, card: bool) -> None:
     from kvkeye.train.evaluate import evaluate, table
 
     model, encoder = load_model(folder, torch.float32, "cpu"), ChatEncoder(load_tokenizer(folder))
+    if quantization == "int8":
+        quantize_weights(model.language)
+    elif quantization is not None:
+        raise SystemExit(f"quantization={quantization}: expected int8")
     scores = evaluate(model, encoder, "held_out", count, blind=True) + evaluate(model, encoder, "shifted", count)
     print(table(scores))
     if card:
@@ -36,7 +44,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(__doc__)
     if arguments[0] == "evaluate":
         options = parse_overrides(arguments[2:])
-        evaluate_folder(Path(arguments[1]), int(options.get("count", 500)), bool(options.get("card", False)))
+        count, card = int(options.get("count", 500)), bool(options.get("card", False))
+        evaluate_folder(Path(arguments[1]), count, card, options.get("quantization"))
         return
     from kvkeye.train.trainer import run
 

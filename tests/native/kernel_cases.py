@@ -162,6 +162,18 @@ def linear(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "prepacked_linear", (r(3, 0), pack(r(5, 0), 1, values), r(5), 5)
 
 
+def int8_linear(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    quantize = ops.quantize_weight.reference
+    for rows, inputs, outputs in ((1, 1, 1), (2, 131, 70), (7, 256, 64), (12, 300, 33), (29, 72, 130), (205, 33, 7)):
+        x, weight, bias = r(rows, inputs + 3)[:, 1 : inputs + 1], r(outputs, inputs), r(outputs)
+        yield "quantize_weight", (r(inputs, outputs).t(), 1)
+        yield "int8_linear", (x, *quantize(weight, 1), bias)
+        yield "int8_linear_add", (x, *quantize(weight, 1), bias, r(outputs, rows).t())
+        gate_up = r(2 * outputs, inputs)
+        yield "quantize_weight", (gate_up, 2)
+        yield "int8_linear_silu_mul", (x, *quantize(gate_up, 2))
+
+
 def video_fusion(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for branches, tiles, length, frames, height, width in (
         (1, 3, 4, 9, 3, 5),
@@ -188,7 +200,7 @@ def rollout(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "score_candidates", (x, v, 0.6, r.fp32(3, height, width), grid)
 
 
-FAMILIES = (norm, activation, linear, rope, kv_cache, vision, attention_merge, loss, video_fusion, rollout)
+FAMILIES = (norm, activation, linear, int8_linear, rope, kv_cache, vision, attention_merge, loss, video_fusion, rollout)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -228,7 +240,8 @@ def failures(name: str, args: tuple[Any, ...]) -> Iterator[str]:
             yield f"{name}[{index}] is {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} {tuple(theirs.shape)}"
             continue
         largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-        allowed = max(2 * error(theirs, truth), 4 * torch.finfo(mine.dtype).eps * largest)
+        eps = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
+        allowed = max(2 * error(theirs, truth), 4 * eps * largest)
         if not error(mine, truth) <= allowed:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
             yield f"{name}[{index}] {mine.dtype} {shapes}: error {error(mine, truth):.3g}, allowed {allowed:.3g}"

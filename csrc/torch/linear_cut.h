@@ -1,0 +1,54 @@
+// What the bindings of linear layers share: how work is cut for the threads, where weights lie.
+#pragma once
+
+#include "checks.h"
+#include "kvkeye/linear.h"
+
+#include <algorithm>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kvkeye {
+
+// The cut that gives every thread the same share; of equal ones the one with most bands, since a thread then
+// reads its part of the weights alone.
+inline void choose_cut(LinearCut& cut) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto share = [](int64_t size, int64_t parts) {
+    return (double)size / (double)(parts * blocks_of(size, parts));
+  };
+  const int64_t units = blocks_of(cut.rows, LinearCut::kRowUnit);
+  cut.bands = 1;
+  cut.row_blocks = blocks_of(cut.rows, LinearCut::kRowBlock);
+  double best = 0;
+  for (int64_t bands = threads; bands > 0; --bands) {
+    const int64_t beside = threads / bands; // threads that share a band
+    const double even = share(cut.blocks(), bands) * share(units, beside);
+    if (threads % bands == 0 && even > best) {
+      best = even;
+      cut.bands = bands;
+      cut.row_blocks = blocks_of(blocks_of(cut.rows, LinearCut::kRowBlock), beside) * beside;
+    }
+  }
+  cut.groups = blocks_of(blocks_of(cut.blocks(), cut.bands), LinearCut::kGroupPanels / cut.parts());
+}
+
+inline int64_t cost_of_item(const LinearCut& cut) {
+  return cut.rows * cut.parts() * cut.outputs * (cut.inputs + 1) / std::max<int64_t>(cut.items(), 1);
+}
+
+// Weights are read from end to end at every step: large pages spare the table walks. Only advice.
+inline void advise_large_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t first = ((uintptr_t)tensor.mutable_data_ptr() + page - 1) / page * page;
+  const uintptr_t last =
+      ((uintptr_t)tensor.mutable_data_ptr() + tensor.numel() * tensor.element_size()) / page * page;
+  if (last > first)
+    madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+} // namespace kvkeye
