@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "check this installation",
     "ops": "which implementation of an op runs here, and why",
     "train": "train a recipe",
+    "video": "make a long clip from a short-video model",
 }
 
 

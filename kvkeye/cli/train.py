@@ -22,11 +22,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     path = recipe_path(arguments.recipe)
-    import kvkeye.train
-    from kvkeye.train.recipe import parse_overrides
+    from kvkeye.train.recipe import parse_overrides, read_toml
 
-    folder = kvkeye.train.run(path, parse_overrides(arguments.overrides))
-    print(folder)
+    overrides = parse_overrides(arguments.overrides)
+    if read_toml(path).get("kind") == "video":
+        from kvkeye.train.clips.trainer import run as run_video
+        from kvkeye.video.attention import use_kvkeye_attention
+
+        print(run_video(path, overrides, use_kvkeye_attention))
+        return exits.OK
+    import kvkeye.train
+
+    print(kvkeye.train.run(path, overrides))
     return exits.OK
 
 

@@ -81,6 +81,17 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     Raises:
         ConfigError: an unknown, missing or mistyped entry, by name.
     """
+    data = read_toml(path, overrides)
+    stages = tuple(_stage(entry, path) for entry in data.pop("stages", []))
+    if not stages or stages[0].start != 0 or any(a.start >= b.start for a, b in itertools.pairwise(stages)):
+        raise ConfigError(f"recipe {path}: [[stages]] must begin at start = 0 and ascend; correct their starts")
+    optimizer = build(Optimizer, data.pop("optimizer", {}), f"{path}: optimizer")
+    recipe = build(Recipe, {**data, "stages": stages, "optimizer": optimizer}, str(path))
+    return replace(recipe, output=Path(recipe.output))
+
+
+def read_toml(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's entries, with `overrides` by dotted names. Raises ConfigError where the file cannot be read."""
     try:
         data = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -91,21 +102,17 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         for parent in parents:
             target = target.setdefault(parent, {})
         target[leaf] = value
-    stages = tuple(_stage(entry, path) for entry in data.pop("stages", []))
-    if not stages or stages[0].start != 0 or any(a.start >= b.start for a, b in itertools.pairwise(stages)):
-        raise ConfigError(f"recipe {path}: [[stages]] must begin at start = 0 and ascend; correct their starts")
-    optimizer = _build(Optimizer, data.pop("optimizer", {}), f"{path}: optimizer")
-    recipe = _build(Recipe, {**data, "stages": stages, "optimizer": optimizer}, str(path))
-    return replace(recipe, output=Path(recipe.output))
+    return data
 
 
 def _stage(entry: dict[str, Any], path: Path) -> Stage:
     names = {f.name for f in fields(Stage)}
-    mixture = _build(Mixture, {k: v for k, v in entry.items() if k not in names}, f"{path}: stages")
-    return _build(Stage, {**{k: v for k, v in entry.items() if k in names}, "mixture": mixture}, f"{path}: stages")
+    mixture = build(Mixture, {k: v for k, v in entry.items() if k not in names}, f"{path}: stages")
+    return build(Stage, {**{k: v for k, v in entry.items() if k in names}, "mixture": mixture}, f"{path}: stages")
 
 
-def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+def build(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """A settings class from a table's entries. Raises ConfigError that names unknown and missing ones."""
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := values.keys() - known.keys():
         raise ConfigError(

@@ -80,6 +80,11 @@ class VideoMetrics:
         return luma
 
     @property
+    def motion(self) -> list[float]:
+        """Mean of the largest 5 % of pixel changes less the median change, from frame 1 on."""
+        return [top - floor for top, floor in zip(self._top, self._floor)]
+
+    @property
     def channels(self) -> Tensor:
         """Channel means per frame: [F, 3]."""
         return torch.stack(self._means)
@@ -117,7 +122,6 @@ class VideoMetrics:
         edge = min(EDGE, len(self._means) // 2)
         ends = self.channels[:edge].mean(0) - self.channels[-edge:].mean(0)
         loop = self.loop_curve()
-        motion = torch.tensor(self._top) - torch.tensor(self._floor)
         return VideoScores(
             num_frames=len(self._means),
             seam_ratio=ratio,
@@ -126,7 +130,7 @@ class VideoMetrics:
             flicker=1 - float(difference.mean()),
             color_drift=float(ends.abs().max()),
             subject=float(steps.mean()),
-            motion=float(motion.mean()),
+            motion=sum(self.motion) / len(self.motion),
             loop=float(loop.max()) if len(loop) else 0.0,
         )
 

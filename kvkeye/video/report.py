@@ -98,14 +98,15 @@ def _draw_strip(part: Any, title: str, strip: FrameStrip, fps: float) -> None:
 
 def _draw_curves(part: Any, metrics: VideoMetrics, scores: VideoScores, borders: Sequence[int], fps: float) -> None:
     seconds = [i / fps for i in range(scores.num_frames)]
-    axes = part.subplots(2, 3)
+    axes = part.subplots(2, 4)
     similarity, loop = metrics.similarity().tolist(), metrics.loop_curve().tolist()
     lags = [(i + MIN_LAG) / fps for i in range(len(loop))]
     for axis, name, at, values in (
         (axes[0, 0], f"frame difference; seam ratio {scores.seam_ratio:.2f}", seconds[1:], metrics.difference),
         (axes[0, 1], f"second difference; jerk {scores.seam_jerk:.2f}", seconds[1:-1], metrics.jerk),
-        (axes[0, 2], f"mean luma; flicker {scores.luma_flicker:.4f}", seconds, metrics.luma.tolist()),
-        (axes[1, 1], f"similarity to the first frame; subject {scores.subject:.3f}", seconds, similarity),
+        (axes[0, 2], f"motion: top 5 % of changes; {scores.motion:.3f}", seconds[1:], metrics.motion),
+        (axes[0, 3], f"mean luma; flicker {scores.luma_flicker:.4f}", seconds, metrics.luma.tolist()),
+        (axes[1, 1], f"similarity to frame 0; subject {scores.subject:.3f}", seconds, similarity),
         (
             axes[1, 2],
             f"loop: similarity at a lag; {scores.loop:.2f}",
@@ -118,10 +119,11 @@ def _draw_curves(part: Any, metrics: VideoMetrics, scores: VideoScores, borders:
     for channel, color in enumerate(("tab:red", "tab:green", "tab:blue")):
         axes[1, 0].plot(seconds, metrics.channels[:, channel].tolist(), color=color, linewidth=1)
     axes[1, 0].set_title(f"channel means; colour drift {scores.color_drift:.3f}", fontsize=9)
+    axes[1, 3].set_axis_off()
     for axis in axes.flat:
         axis.tick_params(labelsize=7)
         axis.set_xlabel("seconds", fontsize=7)
-    for axis in axes.flat[:5]:
+    for axis in axes.flat[:6]:
         for border in borders:
             axis.axvline(border / fps, color="0.8", linewidth=0.7, zorder=0)
 

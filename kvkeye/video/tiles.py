@@ -95,6 +95,11 @@ def plan_tiles(num_frames: int, tile: int, overlap: int, schedule: str = "static
     return TilePlan(num_frames, tile, overlap, tuple(sorted({0, last, *range(offset, last, hop)})))
 
 
+def num_static_tiles(num_frames: int, tile: int, overlap: int) -> int:
+    """Tiles of a static plan, without making it."""
+    return 1 + max(0, -(-(num_frames - tile) // (tile - overlap)))
+
+
 def _bit_reversed(step: int) -> float:
     """0, 1/2, 1/4, 3/4, 1/8, ...: spreads the borders of successive steps far apart (van der Corput)."""
     found, part = 0.0, 0.5

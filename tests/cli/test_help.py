@@ -11,7 +11,7 @@ import pytest
 import kvkeye
 from kvkeye.cli.entry import COMMANDS
 
-SLOW = ("torch", "numpy", "av", "PIL", "transformers", "rich")
+SLOW = ("torch", "numpy", "av", "PIL", "transformers", "diffusers", "rich")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvkeye.errors import ConfigError
 from kvkeye.video.config import SCHEDULES, WINDOWS, KStepConfig, VideoMergeConfig
-from kvkeye.video.tiles import plan_tiles, window_weights
+from kvkeye.video.tiles import num_static_tiles, plan_tiles, window_weights
 
 LENGTHS = st.integers(2, 24).flatmap(
     lambda tile: st.tuples(st.integers(1, 90), st.just(tile), st.integers(0, tile - 1), st.integers(0, 40))
@@ -29,6 +29,8 @@ def test_tiles_cover_the_clip_and_weights_sum_to_one_in_fp64(lengths, schedule, 
     assert frames.shape == (len(plan.starts), min(tile, num_frames))
     assert all(len(set(row)) == len(row) for row in frames.tolist()), "a frame twice in a tile"
     assert len(set(plan.starts)) == len(plan.starts)
+    if schedule == "static":
+        assert num_static_tiles(num_frames, tile, overlap) == len(plan.starts)
 
 
 def test_published_setting():
