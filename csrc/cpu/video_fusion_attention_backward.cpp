@@ -14,7 +14,7 @@ template <class T> struct Backward {
   float *grad_k, *grad_v;          // [tokens, width]
   float *q, *grad_o, *grad_q;      // [rows, width]
   float *base, *alpha, *beta;      // [parts, rows]
-  float *weights, *grads;          // [kBackwardRows, kTile]: P, gradients of the scores
+  float *weights, *grads;          // [2, kBackwardRows, kTile]: P, gradients of the scores
   float *keys, *keys_t, *values_t; // [kTile, width], transposed: [dim, kTile]
   float* rest;                     // of the scratch memory
 
@@ -30,8 +30,8 @@ template <class T> struct Backward {
     base = arena.take(t.most_parts * t.most_rows);
     alpha = arena.take(t.most_parts * t.most_rows);
     beta = arena.take(t.most_parts * t.most_rows);
-    weights = arena.take(kBackwardRows * kTile);
-    grads = arena.take(kBackwardRows * kTile);
+    weights = arena.take(2 * kBackwardRows * kTile);
+    grads = arena.take(2 * kBackwardRows * kTile);
     keys = arena.take(kTile * width);
     keys_t = arena.take(width * kTile);
     values_t = arena.take(width * kTile);
@@ -117,6 +117,19 @@ template <class T> void load_keys(Backward<T>& s, const PartResults<T>& results,
   load_transposed(value_rows, columns, s.f.dim, s.values_t);
 }
 
+// c = a b as two halves of the depth side by side: chains of half the length lose half as much.
+void multiply_halves(const float* a, int64_t a_row, const float* b, float* c, int64_t rows, int64_t depth,
+                     int64_t columns) {
+  const int64_t half = depth / 2;
+  multiply<false>({a, a_row, 1}, b, kTile, c, kTile, rows, half, columns);
+  multiply<false>({a + half, a_row, 1}, b + half * kTile, kTile, c + kBackwardRows * kTile, kTile, rows,
+                  depth - half, columns);
+}
+
+KVKEYE_INLINE Vf sum_halves(const float* c) {
+  return load(c) + load(c + kBackwardRows * kTile);
+}
+
 // Rows [row, row + rows) of the block against `columns` loaded keys of a part.
 template <class T>
 void differentiate_rows(Backward<T>& s, const PartResults<T>& results, int64_t part, int64_t row, int rows,
@@ -124,16 +137,16 @@ void differentiate_rows(Backward<T>& s, const PartResults<T>& results, int64_t p
   const float *q = s.q + row * s.width, *grad_o = s.grad_o + row * s.width;
   const int64_t padded = round_up(columns);
   const Vf unit = splat(s.f.softmax_scale * kLog2E);
-  multiply<false>({q, s.width, 1}, s.keys_t, kTile, s.weights, kTile, rows, s.f.dim, padded);
-  multiply<false>({grad_o, s.width, 1}, s.values_t, kTile, s.grads, kTile, rows, s.f.dim, padded);
+  multiply_halves(q, s.width, s.keys_t, s.weights, rows, s.f.dim, padded);
+  multiply_halves(grad_o, s.width, s.values_t, s.grads, rows, s.f.dim, padded);
   for (int r = 0; r < rows; ++r) {
     const int64_t at = part * results.rows + row + r;
     const Vf base = splat(s.base[at]), alpha = splat(s.alpha[at]), beta = splat(s.beta[at]);
     float *weights = s.weights + r * kTile, *grads = s.grads + r * kTile;
     for (int i = 0; i < columns; i += kLanes) { // columns behind the last are not multiplied below
-      const Vf weight = weight_of(fma(load(weights + i), unit, -base));
+      const Vf weight = weight_of(fma(sum_halves(weights + i), unit, -base));
       store(weights + i, weight * alpha);
-      store(grads + i, weight * (load(grads + i) * alpha - beta) * s.f.softmax_scale);
+      store(grads + i, weight * (sum_halves(grads + i) * alpha - beta) * s.f.softmax_scale);
     }
   }
   multiply<true>({s.weights, 1, kTile}, grad_o, s.width, s.grad_v + first * s.width, s.width, columns, rows,

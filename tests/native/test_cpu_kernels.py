@@ -76,7 +76,23 @@ def threaded_calls() -> list[torch.Tensor]:
     found += ops.qk_norm_mrope_backward(*grads, x, head, head, positions, sections, 1e6, 1e-6, 2)
     found.append(ops.silu_mul(x))
     found.append(ops.token_logprobs(x, positions[0] % 512))
-    return found
+    return found + video_calls(generator)
+
+
+def video_calls(generator: torch.Generator) -> list[torch.Tensor]:
+    starts, weights = torch.tensor([0, 4, 2], dtype=torch.int32), torch.rand(3, 4, generator=generator)
+    outputs, latent = (
+        torch.randn(2, 3, 4, 4, 24, 40, generator=generator),
+        torch.randn(4, 8, 24, 40, generator=generator),
+    )
+    tiles = (outputs, starts, weights, latent, 3.0, -0.1)
+    found = [ops.fuse_tiles(*tiles), *ops.fuse_tiles_backward(latent, *tiles)]
+    found += ops.score_candidates(outputs, outputs, 0.5, latent[:3, 0, :4].repeat(1, 6, 1)[:, :24], 4)
+    found += [ops.spectral_blend(latent, latent.flip(1), 0.25, 0.3, 0)]
+    q, k, v = torch.randn(3, 2, 8 * 30 + 9, 3, 64, generator=generator)
+    args = (q, k, v, starts, weights, 8, 9, 0.125)
+    o, lse = ops.tile_attention(*args)
+    return [*found, o, lse, *ops.tile_attention_backward(o, lse, *args, lse)]
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
@@ -109,6 +125,7 @@ def refusals() -> list[tuple[str, tuple[object, ...], str]]:
     x, cache = torch.randn(4, 8), torch.zeros(2, 1, 4, 8)
     k, slots = torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 8])
     long = torch.zeros(3, 4, dtype=torch.int64)
+    tiles, starts, weights = torch.zeros(1, 2, 3, 4, 2, 2), torch.tensor([0, 1], dtype=torch.int32), torch.ones(2, 4)
     return [
         ("rms_norm", (x, torch.ones(7), 1e-6), "rms_norm: weight has shape [7]; expected [8]"),
         ("rms_norm", (x, torch.ones(8).bfloat16(), 1e-6), "weight is BFloat16; expected Float"),
@@ -126,6 +143,16 @@ def refusals() -> list[tuple[str, tuple[object, ...], str]]:
         ("merge_patches", (x, [1, 2, 3], 2), "both sides must be multiples of merge = 2"),
         ("merge_patches", (x, [1, 2, 4], 2), "x has shape [4, 8]; expected [8, 8]"),
         ("interpolate_position", (cache[0, :, :1], [1, 2]), "expected triples"),
+        (
+            "fuse_tiles",
+            (tiles, starts, weights, cache, 1.0, 0.1),
+            "latent has shape [2, 1, 4, 8]; expected [3, 1, 2, 2]",
+        ),
+        ("blend_tiles", (tiles, starts.long(), weights, 5, 1.0), "starts is Long; expected Int"),
+        ("blend_tiles", (tiles, starts, weights, 3, 1.0), "tiles of 4 frames are longer than the video of 3"),
+        ("tile_attention", (*[cache] * 3, starts, weights, 3, 0, 1.0), "1 tokens less 0 of text are not 3 frames"),
+        ("spectral_blend", (cache, cache, 0.2, 0.2, 4), "butterworth_order is 4; the C++ kernel has the Gaussian"),
+        ("score_candidates", (tiles[0][None], tiles[0][None], 0.5, cache[0], 2), "x has 6 dimensions"),
         ("token_logprobs", (x, torch.tensor([0, 1, 2, 8])), "targets[3] is 8; logits has 8 columns"),
         ("token_logprobs", (x, torch.tensor([0, -1, 2, 3])), "targets[1] is -1"),
     ]

@@ -34,6 +34,13 @@ def test_every_row_of_the_vision_benchmark_agrees_with_its_peers(tmp_path):
 
 
 @pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
+def test_every_row_of_the_video_benchmark_agrees_with_its_peers(tmp_path):
+    run("video.py", "--quick", "--threads", "1", "--json", str(tmp_path / "rows.jsonl"))
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(written) == 6 and all(row["ms"] > 0 and row["peers_ms"] for row in written)
+
+
+@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
 def test_the_engine_benchmark_makes_equal_tokens_on_both_sides_and_its_table_can_be_printed(tmp_path):
     rows = tmp_path / "rows.jsonl"
     sides = ["--sides", "transformers-fp32", "--rows", "decode_1", "prefill"]

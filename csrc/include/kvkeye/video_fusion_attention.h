@@ -66,7 +66,7 @@ static inline int64_t tile_attention_backward_scratch(const TileGeometry& t, int
   const int64_t width = padded_dim(dim);
   return tile_attention_scratch(t, dim) + 2 * t.tokens * width + 3 * t.most_rows * width +
          3 * t.most_parts * (t.most_rows + 16) + 2 * (t.most_members + 16) +
-         2 * kBackwardRows * kTilePositions + 3 * kTilePositions * width + 512;
+         4 * kBackwardRows * kTilePositions + 3 * kTilePositions * width + 512;
 }
 
 KVKEYE_KERNEL(tile_attention, TileAttentionParams)
