@@ -80,7 +80,7 @@ def blend_row(butterworth_order: int, quick: bool) -> Row:
 
     peers = [
         Peer("three complex FFTs", "", three_transforms),
-        Peer("eager reference, one real FFT pair", "", one_filter),
+        Peer("eager: one real FFT pair", "", one_filter),
     ]
     name = f"Butterworth of order {butterworth_order}" if butterworth_order else "Gaussian"
     flops = 0 if butterworth_order else 2.0 * sum(shape[1:]) * low.numel()

@@ -87,7 +87,7 @@ def video_calls(generator: torch.Generator) -> list[torch.Tensor]:
     )
     tiles = (outputs, starts, weights, latent, 3.0, -0.1)
     found = [ops.fuse_tiles(*tiles), *ops.fuse_tiles_backward(latent, *tiles)]
-    found += ops.score_candidates(outputs, outputs, 0.5, latent[:3, 0, :4].repeat(1, 6, 1)[:, :24], 4)
+    found += ops.score_candidates(outputs[0], outputs[1], 0.5, latent[:, 0], 4)
     found += [ops.spectral_blend(latent, latent.flip(1), 0.25, 0.3, 0)]
     q, k, v = torch.randn(3, 2, 8 * 30 + 9, 3, 64, generator=generator)
     args = (q, k, v, starts, weights, 8, 9, 0.125)
