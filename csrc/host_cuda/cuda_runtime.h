@@ -6,6 +6,7 @@
 
 #include "grid.h"
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -14,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
 using cudaStream_t = void*;
@@ -50,6 +52,9 @@ struct alignas(16) float4 {
 inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
 }
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
 inline uint2 make_uint2(unsigned x, unsigned y) {
   return {x, y};
 }
@@ -69,6 +74,40 @@ inline int max(int a, int b) {
 
 template <class T> T __ldg(const T* address) {
   return *address;
+}
+
+// Rounded where written: never contracted to a fused multiply-add.
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fmaf_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+inline double __fma_rn(double a, double b, double c) {
+  return std::fma(a, b, c);
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline long long __double_as_longlong(double value) {
+  long long bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 // Every waiting call notes its line by default arguments, for the report of a deadlock.
@@ -93,7 +132,10 @@ inline int __syncthreads_and(int predicate, KVKEYE_HERE) {
   const int threads = (int)(size.x * size.y * size.z);
   return kvkeye::host_cuda::barrier("__syncthreads_and", predicate != 0, here) == threads;
 }
-inline void __threadfence() {} // blocks run one after the other
+inline void __threadfence() {
+  kvkeye::host_cuda::fence();
+  kvkeye::host_cuda::give_way();
+}
 
 inline void __syncwarp(KVKEYE_FULL_MASK, KVKEYE_HERE) {
   kvkeye::host_cuda::exchange("__syncwarp", mask, 0, here);
@@ -155,14 +197,16 @@ inline int __all_sync(unsigned mask, int predicate, KVKEYE_HERE) {
 
 // One thread runs at a time and none is interrupted: a plain update is atomic.
 template <class T> T atomicAdd(T* address, T value) {
-  const T before = kvkeye::host_cuda::atomic_load(address);
-  kvkeye::host_cuda::atomic_store(address, T(before + value));
-  return before;
+  return kvkeye::host_cuda::atomic_update(address, [=](T before) { return T(before + value); });
 }
 template <class T> T atomicMax(T* address, T value) {
-  const T before = kvkeye::host_cuda::atomic_load(address);
-  kvkeye::host_cuda::atomic_store(address, before < value ? value : before);
-  return before;
+  return kvkeye::host_cuda::atomic_update(address, [=](T before) { return before < value ? value : before; });
+}
+template <class T> T atomicMin(T* address, T value) {
+  return kvkeye::host_cuda::atomic_update(address, [=](T before) { return before > value ? value : before; });
+}
+template <class T> T atomicExch(T* address, T value) {
+  return kvkeye::host_cuda::atomic_update(address, [=](T) { return value; });
 }
 
 #undef KVKEYE_HERE

@@ -1,9 +1,11 @@
-// Runs a kernel on the host: one fiber per thread, in shuffled order, block after block.
+// Runs a kernel on the host: one fiber per thread, in shuffled order, a few blocks at a time.
 //
 // Knows threads, waiting and shared memory; nothing of what a kernel computes. A fault (a barrier that some
 // threads never reach, a lane missing from a shuffle, a trap, a data race) ends the process with kFault and a
 // message.
 #pragma once
+
+#include "order.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -56,6 +58,17 @@ const uint64_t* exchange(const char* what, unsigned mask, uint64_t value, Line h
 // Ends the process if `source` is not in the mask.
 void require_lane(const char* what, unsigned mask, int source, Line here);
 
+// Waits for all lanes of the warp; the last one calls `join` with what each of them brought.
+void join_warp(const char* what, void* mine, void (*join)(void* const* lanes), Line here);
+
+// Lets other threads run.
+void give_way();
+
+// Starts a copy of 16 bytes, or of 16 zeros, that is made as late as it may be: by a wait for its group.
+void copy_async(void* target, const void* source, bool valid, Line here);
+void commit_copies();
+void wait_copies(unsigned groups_left);
+
 [[noreturn]] void trap(Line here);
 
 // ---- The race checker (race.cpp), present when the kernels are compiled with -fsanitize=thread ----
@@ -66,6 +79,7 @@ struct Moment {
   unsigned epoch;        // barriers of the block so far
   unsigned clock;        // __syncwarp calls of the thread so far
   const unsigned* knows; // [32]: how far into each lane's clock this thread can see
+  const Order* order;    // what it has seen of other blocks
 };
 Moment now();
 bool inside_a_kernel();
@@ -76,14 +90,19 @@ void watch(const char* name, const void* memory, size_t bytes);
 void forget(const void* memory);
 void forget_accesses();
 void note_atomic(const void* address, size_t bytes);
+// Both ends of an asynchronous copy: between them its target may neither be read nor written.
+void note_copy_begin(const void* target, const void* source, size_t bytes);
+void note_copy_end(const void* target, const void* source, size_t bytes);
 
 #define KVKEYE_UNSEEN __attribute__((noinline, no_sanitize("thread")))
-template <class T> KVKEYE_UNSEEN T atomic_load(const T* address) {
+// *address = update(*address) at once; returns what was there.
+template <class T, class Update> KVKEYE_UNSEEN T atomic_update(T* address, Update update) {
+  give_way();
   note_atomic(address, sizeof(T));
-  return *address;
-}
-template <class T> KVKEYE_UNSEEN void atomic_store(T* address, T value) {
-  *address = value;
+  publish(address);
+  const T before = *address;
+  *address = update(before);
+  return before;
 }
 #undef KVKEYE_UNSEEN
 

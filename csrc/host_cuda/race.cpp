@@ -1,8 +1,8 @@
 // Finds data races. The compiler's -fsanitize=thread calls a function at every load and store; here are those
 // functions. Two accesses of one byte, one of them a write, by two threads race unless a barrier of the
-// block, or a
-// __syncwarp of both lanes, lies between them. Threads of two blocks always race. No schedule has to go wrong
-// for that.
+// block, or a __syncwarp of both lanes, lies between them; by threads of two blocks, unless a fence and an
+// atomic of the first are followed by an atomic and a fence of the second (order.h). No schedule has to go
+// wrong for that.
 #include "grid.h"
 
 #include <cstring>
@@ -17,6 +17,8 @@ void watch(const char*, const void*, size_t) {}
 void forget(const void*) {}
 void forget_accesses() {}
 void note_atomic(const void*, size_t) {}
+void note_copy_begin(const void*, const void*, size_t) {}
+void note_copy_end(const void*, const void*, size_t) {}
 
 #else
 
@@ -27,7 +29,7 @@ constexpr unsigned kNever = ~0u, kWarp = 32;
 enum class Kind : unsigned { read, write, atomic };
 
 struct Access {
-  unsigned block = kNever, thread = 0, epoch = 0, clock = 0;
+  unsigned block = kNever, thread = 0, epoch = 0, clock = 0, fences = 0;
   Kind kind = Kind::read;
 };
 
@@ -35,6 +37,7 @@ struct Access {
 // writes, one of them is a stranger.
 struct Cell {
   Access write, reads[2];
+  bool arriving = false; // an asynchronous copy was started and not waited for
 };
 
 struct Region {
@@ -55,11 +58,22 @@ Region* region_of(const void* address) {
   return nullptr;
 }
 
+bool covers(const Release& release, const Access& access) {
+  if (access.thread == release.thread)
+    return access.fences < release.fences;
+  return access.epoch < release.epoch || (access.thread / kWarp == release.thread / kWarp &&
+                                          access.clock < release.knows[access.thread % kWarp]);
+}
+
 bool ordered(const Access& before, const Moment& now, bool shared) {
   if (before.block == kNever || (before.block != now.block && shared))
     return true;
-  if (before.block != now.block)
+  if (before.block != now.block) {
+    for (const Release* release : now.order->acquired)
+      if (release->block == before.block && covers(*release, before))
+        return true;
     return false;
+  }
   if (before.thread == now.thread || before.epoch < now.epoch)
     return true;
   return before.thread / kWarp == now.thread / kWarp && before.clock < now.knows[before.thread % kWarp];
@@ -96,12 +110,15 @@ void note(const void* address, size_t bytes, Kind kind) {
   if (region == nullptr)
     return;
   const Moment moment = now();
-  const Access access{moment.block, moment.thread, moment.epoch, moment.clock, kind};
+  const Access access{moment.block, moment.thread, moment.epoch, moment.clock, moment.order->fences, kind};
   const size_t first = size_t(static_cast<const char*>(address) - region->memory);
   if (first + bytes > region->bytes)
     fault("%s: %zu bytes at %zu leave its %zu bytes", region->name, bytes, first, region->bytes);
   for (size_t byte = first; byte < first + bytes; ++byte) {
     Cell& cell = region->cells[byte];
+    if (cell.arriving)
+      fault("%s, byte %zu of %zu: thread %u %s it while an asynchronous copy to it is on its way",
+            region->name, byte, region->bytes, moment.thread, text(kind));
     const bool both_atomic = kind == Kind::atomic && cell.write.kind == Kind::atomic;
     if (!both_atomic && !ordered(cell.write, moment, region->shared))
       race(*region, byte, cell.write, access);
@@ -114,6 +131,12 @@ void note(const void* address, size_t bytes, Kind kind) {
         race(*region, byte, read, access);
     cell.write = access;
   }
+}
+
+void set_arriving(const void* address, size_t bytes, bool arriving) {
+  if (Region* region = region_of(address); region != nullptr)
+    for (size_t i = 0; i < bytes; ++i)
+      region->cells[size_t(static_cast<const char*>(address) - region->memory) + i].arriving = arriving;
 }
 
 } // namespace
@@ -137,6 +160,20 @@ void forget_accesses() {
 
 void note_atomic(const void* address, size_t bytes) {
   note(address, bytes, Kind::atomic);
+}
+
+void note_copy_begin(const void* target, const void* source, size_t bytes) {
+  if (source != nullptr)
+    note(source, bytes, Kind::read);
+  note(target, bytes, Kind::write);
+  set_arriving(target, bytes, true);
+}
+
+void note_copy_end(const void* target, const void* source, size_t bytes) {
+  set_arriving(target, bytes, false);
+  if (source != nullptr)
+    note(source, bytes, Kind::read);
+  note(target, bytes, Kind::write);
 }
 
 #endif

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
@@ -83,6 +84,23 @@ private:
   std::string folder_;
   std::map<std::string, int64_t> numbers_;
   std::map<std::string, Buffer> buffers_;
+};
+
+// Device memory that a binding would allocate: of just that size, every byte 0xff unless told.
+template <class T> class Scratch {
+public:
+  Scratch(const char* name, size_t count, int byte = 0xff) : memory_(new T[count]) {
+    std::memset(memory_.get(), byte, count * sizeof(T));
+    watch(name, memory_.get(), count * sizeof(T));
+  }
+  ~Scratch() { forget(memory_.get()); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* get() const { return memory_.get(); }
+
+private:
+  std::unique_ptr<T[]> memory_;
 };
 
 // An op of the command line: returns what its launcher returns.
