@@ -120,6 +120,8 @@ template <class T, int Dim, int Groups> struct Work {
   // The warp's slices of positions [begin, end), tile by tile; the next tile is on its way meanwhile.
   __device__ void attend(WarpState<Dim>& state, const uint32_t (&q)[Layout<Dim>::kSteps][4], int begin,
                          int end) const {
+    if (begin >= end)
+      return; // a copy that nobody waits for would land in what comes next
     load(0, place_of(begin));
     commit_copies();
     int place = place_of(begin + kCudaTile), stage = 0;

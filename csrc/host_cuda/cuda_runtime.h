@@ -52,6 +52,9 @@ struct alignas(16) float4 {
 inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
 }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
 inline float2 make_float2(float x, float y) {
   return {x, y};
 }
@@ -70,6 +73,13 @@ inline int min(int a, int b) {
 }
 inline int max(int a, int b) {
   return a > b ? a : b;
+}
+
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+inline int __clz(int bits) {
+  return bits == 0 ? 32 : __builtin_clz((unsigned)bits);
 }
 
 template <class T> T __ldg(const T* address) {

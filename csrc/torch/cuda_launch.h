@@ -17,6 +17,11 @@ struct Launch {
   }
 };
 
+// The tensor at an address that is a multiple of so many bytes; a copy where it is not.
+inline Tensor aligned(const Tensor& tensor, uintptr_t bytes) {
+  return (uintptr_t)tensor.const_data_ptr() % bytes == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 inline void check_launch(const char* op, int status) {
   require(status == 0, op, ": the launch failed with CUDA error ", status, ".");
 }

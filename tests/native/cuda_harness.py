@@ -1,13 +1,17 @@
 """The CUDA sources built by the host compiler, and calls of them in a process of their own.
 
-`build("asan", ...)` finds wrong addresses and undefined arithmetic, `build("races", ...)` unordered accesses. Knows
-files and processes; the meaning of CUDA is in csrc/host_cuda, the calls by name in tests/native/cuda.
+`build("asan", ...)` finds wrong addresses and undefined arithmetic, `build("races", ...)` unordered accesses. The
+waiting statements of the kernels, and expressions of them that a test names, carry a switch: `run(..., without=name)`
+leaves one out, `plants` puts a wrong expression in its place, and one build serves all mutants. Knows files and
+processes; the meaning of CUDA is in csrc/host_cuda, the calls by name in tests/native/cuda.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -22,8 +26,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
 CALLS = ROOT / "tests" / "native" / "cuda"
+CUDA = ROOT / "csrc" / "cuda"
 HOST = [*sorted((ROOT / "csrc" / "host_cuda").glob("*.cpp")), CALLS / "main.cpp"]
-KERNELS = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(CALLS.glob("*_calls.cpp"))]
+KERNELS = [*sorted(CUDA.glob("*.cu")), *sorted(CALLS.glob("*_calls.cpp"))]
 FAULT = 70  # exit status of a fault that the harness found; the sanitizers have their own
 
 COMMON = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
@@ -31,29 +36,81 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 # Flags of all files, and more for the kernels alone: the race checker must not watch itself.
 HOST_DEFINES = {"KVKEYE_UCONTEXT"}
 FLAVOURS = {"asan": (SANITIZE, []), "races": (["-DKVKEYE_RACES"], ["-fsanitize=thread"])}
+# Statements that make a thread wait, or others see what it did.
+WAITS = re.compile(
+    r"^\s*((?:__syncthreads|__syncwarp|__threadfence|commit_copies|wait_copies<\d+>|wait)\(\);)", re.MULTILINE
+)
 
 
-def build(flavour: str, folder: Path, sources: Sequence[Path] = KERNELS, defines: Sequence[str] = ()) -> Path:
+@dataclass(frozen=True)
+class Plant:
+    """A fault: `wrong` in the place of the expression `right`, which stands once in csrc/cuda/`file`."""
+
+    file: str
+    right: str
+    wrong: str
+    name: str
+
+
+def waits(path: Path) -> list[str]:
+    """The waiting statements of a source file by name, "file:line", in order."""
+    text = path.read_text()
+    return [f"{path.name}:{text.count(chr(10), 0, m.start(1)) + 1}" for m in WAITS.finditer(text)]
+
+
+def build(
+    flavour: str,
+    folder: Path,
+    sources: Sequence[Path] = KERNELS,
+    defines: Sequence[str] = (),
+    plants: Sequence[Plant] = (),
+) -> Path:
     """The program of `sources` and the host part. Built at most once per folder, also when several processes ask."""
     folder.mkdir(parents=True, exist_ok=True)
     everywhere, _ = FLAVOURS[flavour]
-    program = folder / _name(flavour, *map(str, sources), *defines)
+    program = folder / _name(flavour, *map(str, sources), *defines, *map(str, plants))
     with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
-            objects = list(pool.map(lambda path: _object(flavour, folder, path, defines), [*HOST, *sources]))
+            kernels = _with_switches(folder, plants)
+            moved = [kernels / path.name if path.parent == CUDA else path for path in sources]
+            objects = list(pool.map(lambda path: _object(flavour, folder, path, kernels, defines), [*HOST, *moved]))
             _run([str(COMPILER), *everywhere, *objects, "-o", str(program)])
     return program
 
 
-def _object(flavour: str, folder: Path, source: Path, defines: Sequence[str]) -> str:
+def _with_switches(folder: Path, plants: Sequence[Plant]) -> Path:
+    """A copy of csrc/cuda in which waits and plants ask whether they were named; the lines stay."""
+    target = folder / _name("switches", *map(str, plants))
+    target.mkdir(exist_ok=True)
+    for path in sorted(CUDA.iterdir()):
+        if path.suffix not in (".cu", ".h") or (target / path.name).exists():
+            continue
+        lines = path.read_text().splitlines()
+        for wait in waits(path):
+            line = int(wait.partition(":")[2]) - 1
+            statement = lines[line].strip()
+            asked = f'kvkeye::host_cuda::left_out("{wait}") ? (void)0 : {statement}'
+            lines[line] = lines[line].replace(statement, asked)
+        text = "\n".join(lines) + "\n"
+        for plant in plants:
+            if plant.file == path.name:
+                assert text.count(plant.right) == 1, f"{plant.right} is {text.count(plant.right)} times in {plant.file}"
+                asked = f'(kvkeye::host_cuda::left_out("{plant.name}") ? ({plant.wrong}) : ({plant.right}))'
+                text = text.replace(plant.right, asked)
+        (target / path.name).write_text(text)
+    return target
+
+
+def _object(flavour: str, folder: Path, source: Path, kernels: Path, defines: Sequence[str]) -> str:
     everywhere, in_kernels = FLAVOURS[flavour]
     flags = [*COMMON, *everywhere, *(in_kernels if source.suffix == ".cu" else [])]
     if source.suffix == ".cu" or HOST_DEFINES.intersection(defines):
         flags += [f"-D{define}" for define in defines]
     target = folder / f"{_name(flavour, str(source), *flags)}.o"
     if not target.exists():
-        includes = [f"-I{ROOT / 'csrc' / name}" for name in ("host_cuda", "include", "cuda", "torch")] + [f"-I{CALLS}"]
+        folders = [*(ROOT / "csrc" / name for name in ("host_cuda", "include", "torch")), kernels, CALLS]
+        includes = [f"-I{path}" for path in folders]
         _run([str(COMPILER), *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
     return str(target)
 
@@ -93,13 +150,26 @@ def as_bytes(tensor: Tensor) -> bytes:
     return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
-def execute(program: Path, seed: int, calls: list[Call], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the calls in one process; they lie in folder/0, folder/1, ..."""
+def execute(
+    program: Path, seed: int, calls: list[Call], folder: Path, without: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the calls in one process; they lie in folder/0, folder/1, ... `without` names a wait or a plant."""
     words: list[str] = []
     for i, call in enumerate(calls):
         call.write(folder / str(i))
         words += [call.name, str(folder / str(i))]
-    return subprocess.run([str(program), str(seed), *words], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "KVKEYE_WITHOUT": without}
+    command = [str(program), str(seed), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def complaint(program: Path, calls: list[Call], folder: Path, without: str) -> str:
+    """What the first call says that sees the mutant; an assertion if none does."""
+    for i, call in enumerate(calls):
+        result = execute(program, 1, [call], folder / str(i), without)
+        if result.returncode != 0:
+            return result.stderr
+    raise AssertionError(f"{without}: the mutant went unseen")
 
 
 def run(program: Path, seed: int, calls: list[Call], folder: Path) -> list[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ KVKEYE_CALL(paged_attention) {
   p.num_blocks = (int32_t)c.number("blocks");
   p.block_size = (int32_t)c.number("block_size");
   p.max_blocks = (int32_t)c.number("max_blocks");
-  p.softmax_scale = (float)c.number("scale_millionths") * 1e-6f;
+  p.softmax_scale = (float)((double)c.number("scale_billionths") * 1e-9);
   const int64_t dim = c.number("head_dim");
   PagedCudaPlan plan = paged_cuda_plan(p.num_tokens, p.num_sequences, p.num_q_heads, p.num_kv_heads, dim,
                                        (int64_t)p.max_blocks * p.block_size);
