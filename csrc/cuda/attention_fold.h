@@ -32,7 +32,8 @@ __device__ __forceinline__ float base_of(float peak) {
 __device__ __forceinline__ Weights join(RowState& sum, RowState more) {
   const float peak = fmaxf(sum.peak, more.peak), base = base_of(peak);
   const bool empty = more.total == 0.0f; // a NaN goes on
-  const Weights weights{empty ? 1.0f : exp2_fast(sum.peak - base), empty ? 0.0f : exp2_fast(more.peak - base)};
+  const Weights weights{empty ? 1.0f : exp2_fast(sum.peak - base),
+                        empty ? 0.0f : exp2_fast(more.peak - base)};
   sum.total = __fmaf_rn(weights.add, more.total, __fmul_rn(weights.keep, sum.total));
   sum.peak = empty ? sum.peak : peak;
   return weights;

@@ -13,8 +13,8 @@ struct RowTile {
   int sequence;
   int first_token, fresh; // new tokens of the sequence: the first one, how many
   int context;
-  int pair;               // the first row
-  int end;                // one past the last position that a row of the tile sees
+  int pair; // the first row
+  int end;  // one past the last position that a row of the tile sees
 };
 
 // Tiles of sequence b begin at floor(cu_seqlens_q[b] group / rows) + b, which leaves room for its last,

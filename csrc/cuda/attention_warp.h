@@ -12,11 +12,11 @@ constexpr int kSlices = 4, kSliceKeys = kCudaTile / kSlices;
 
 // Rows of head_dim values in pieces of 16 bytes. An odd pitch puts eight rows into different banks.
 template <int Dim> struct Layout {
-  static constexpr int kPieces = Dim / 8;              // in memory
-  static constexpr int kSteps = (Dim + 15) / 16;       // of 16 dimensions
-  static constexpr int kPadded = 2 * kSteps;           // pieces of a row, zeros after the last dimension
-  static constexpr int kPitch = kPadded | 1;           // in shared memory
-  static constexpr int kColumns = kPadded;             // output fragments of 8 dimensions
+  static constexpr int kPieces = Dim / 8;        // in memory
+  static constexpr int kSteps = (Dim + 15) / 16; // of 16 dimensions
+  static constexpr int kPadded = 2 * kSteps;     // pieces of a row, zeros after the last dimension
+  static constexpr int kPitch = kPadded | 1;     // in shared memory
+  static constexpr int kColumns = kPadded;       // output fragments of 8 dimensions
   using Rows = uint4[kCudaTile][kPitch];
 };
 

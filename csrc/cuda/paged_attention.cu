@@ -142,13 +142,13 @@ template <class T, int Dim, int Groups> struct Work {
   }
 
   // The slices' states become one, in their order. Warp w of a group leaves with the fragments w, w + 4, ...
-  __device__ void merge_slices(const WarpState<Dim>& state, float (&o)[kOwned][4], RowState (&rows)[2]) const {
+  __device__ void merge_slices(const WarpState<Dim>& state, float (&o)[kOwned][4],
+                               RowState (&rows)[2]) const {
     const int lane = lane_of(), row = lane / 4;
     __syncthreads(); // the stages are read: their memory is free
 #pragma unroll
     for (int i = 0; i < Layout<Dim>::kColumns; ++i)
-      shared.merge.o[warp][i][lane] =
-          make_float4(state.o[i][0], state.o[i][1], state.o[i][2], state.o[i][3]);
+      shared.merge.o[warp][i][lane] = make_float4(state.o[i][0], state.o[i][1], state.o[i][2], state.o[i][3]);
     if (lane % 4 == 0) {
       shared.rows[warp][row] = state.rows[0];
       shared.rows[warp][row + 8] = state.rows[1];
@@ -158,7 +158,8 @@ template <class T, int Dim, int Groups> struct Work {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       const int from = group * kSlices + s;
-      const Weights weights[2] = {join(rows[0], shared.rows[from][row]), join(rows[1], shared.rows[from][row + 8])};
+      const Weights weights[2] = {join(rows[0], shared.rows[from][row]),
+                                  join(rows[1], shared.rows[from][row + 8])};
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         if (slice + kSlices * i >= Layout<Dim>::kColumns)
@@ -217,8 +218,7 @@ template <class T, int Dim, int Groups> struct Work {
           *reinterpret_cast<float2*>(p.partial_o + place * Dim + column_of(i)) =
               make_float2(o[i][2 * h], o[i][2 * h + 1]);
       if (writes_rows())
-        *reinterpret_cast<float2*>(p.partial_state + 2 * place) =
-            make_float2(rows[h].peak, rows[h].total);
+        *reinterpret_cast<float2*>(p.partial_state + 2 * place) = make_float2(rows[h].peak, rows[h].total);
     }
   }
 
@@ -309,8 +309,7 @@ int start(const PagedCudaParams<T>& p, const PagedCudaPlan& plan, void* stream) 
                                                         sizeof(Shared<Dim, Groups>), stream, p);
 }
 
-template <class T, int Dim>
-int start(const PagedCudaParams<T>& p, const PagedCudaPlan& plan, void* stream) {
+template <class T, int Dim> int start(const PagedCudaParams<T>& p, const PagedCudaPlan& plan, void* stream) {
   return plan.row_groups == 1 ? start<T, Dim, 1>(p, plan, stream) : start<T, Dim, 2>(p, plan, stream);
 }
 

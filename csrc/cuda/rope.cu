@@ -18,14 +18,14 @@ template <int Dim> struct Angles {
 };
 
 // sin and cos of any angle below 2^21 to 1e-7: the multiple of pi / 2 is taken off in two parts of fp64, the
-// rest goes to polynomials of Cephes. The library's sinf would keep a table in local memory for its far range.
+// rest goes to polynomials of Cephes. The library's sinf would keep a table in local memory for its far
+// range.
 __device__ void turn_of(float angle, float& cosine, float& sine) {
   const double quarters = rint((double)angle * 0.63661977236758134);
   double rest = fma(quarters, -1.5707963267948966, (double)angle);
   rest = fma(quarters, -6.123233995736766e-17, rest);
   const float r = (float)rest, z = r * r;
-  const float s =
-      fmaf(fmaf(fmaf(-1.9515295891e-4f, z, 8.3321608736e-3f), z, -1.6666654611e-1f) * z, r, r);
+  const float s = fmaf(fmaf(fmaf(-1.9515295891e-4f, z, 8.3321608736e-3f), z, -1.6666654611e-1f) * z, r, r);
   const float c = fmaf(fmaf(fmaf(2.443315711809948e-5f, z, -1.388731625493765e-3f), z, 4.166664568298827e-2f),
                        z * z, fmaf(-0.5f, z, 1.0f));
   const int64_t quarter = (int64_t)quarters;
@@ -44,7 +44,8 @@ __device__ void fill_angles(Angles<Dim>& angles, const QkNormMropeAppendCudaPara
 }
 
 __device__ __forceinline__ void load(const float* source, float (&x)[kEach]) {
-  const float4 first = *reinterpret_cast<const float4*>(source), second = *reinterpret_cast<const float4*>(source + 4);
+  const float4 first = *reinterpret_cast<const float4*>(source),
+               second = *reinterpret_cast<const float4*>(source + 4);
   x[0] = first.x, x[1] = first.y, x[2] = first.z, x[3] = first.w;
   x[4] = second.x, x[5] = second.y, x[6] = second.z, x[7] = second.w;
 }
@@ -79,8 +80,7 @@ template <> __device__ __forceinline__ float rounded<bf16>(float x) {
 }
 
 // All lanes of the head hold x; its mean square decides the scale.
-template <class T, int Dim>
-__device__ void norm(float (&x)[kEach], const T* weight, int lane, float eps) {
+template <class T, int Dim> __device__ void norm(float (&x)[kEach], const T* weight, int lane, float eps) {
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kEach; ++i)
@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kEach; ++j)
       y[j] = x[j];
-    norm<T, Dim>(y, query ? p.q_weight : p.k_weight, lane, p.eps); // of values too: the warp's lanes go together
+    norm<T, Dim>(y, query ? p.q_weight : p.k_weight, lane,
+                 p.eps); // of values too: the warp's lanes go together
     turn<Dim>(y, angles, lane);
 #pragma unroll
     for (int j = 0; j < kEach; ++j)

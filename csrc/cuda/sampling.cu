@@ -63,7 +63,8 @@ __device__ int64_t draw_from_candidates(CutMemory& memory, const Settings& given
 
 // The first token of the piece at which the mass exceeds the target, or the last one kept there.
 template <class T>
-__device__ int token_in_piece(const Row<T>& row, const Cut& cut, double min_p, const Found& piece, double target) {
+__device__ int token_in_piece(const Row<T>& row, const Cut& cut, double min_p, const Found& piece,
+                              double target) {
   const int first = piece.bucket * kPiece;
   if (row.penalised)
     row.count(first / kSliceTokens * kSliceTokens);
@@ -75,7 +76,8 @@ __device__ int token_in_piece(const Row<T>& row, const Cut& cut, double min_p, c
     const int i = start + lane_index();
     const double value = i < row.p.vocabulary ? row.value(i) : -INFINITY;
     const double probability = row.probability(value);
-    const bool kept = i < row.p.vocabulary && probability >= min_p && cut.keeps(row.key(value), probability, i);
+    const bool kept =
+        i < row.p.vocabulary && probability >= min_p && cut.keeps(row.key(value), probability, i);
     const double upto = mass + warp_scan(kept ? probability : 0.0);
     const unsigned over = __ballot_sync(kAllLanes, kept && upto > target);
     if (over != 0)
@@ -89,7 +91,8 @@ __device__ int token_in_piece(const Row<T>& row, const Cut& cut, double min_p, c
 
 // From everything that the cut keeps, in the order of the vocabulary.
 template <class T>
-__device__ int64_t draw_from_row(const Row<T>& row, CutMemory& memory, const Cut& cut, const Settings& given) {
+__device__ int64_t draw_from_row(const Row<T>& row, CutMemory& memory, const Cut& cut,
+                                 const Settings& given) {
   constexpr int kEach = kPieces / kBlockThreads;
   __syncthreads(); // the memory's last use is over
   for (int i = (int)threadIdx.x; i < kPieces; i += kBlockThreads)
@@ -176,7 +179,8 @@ template <class T> __device__ int64_t draw(Row<T>& row, CutMemory& memory) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 1) sample_kernel(const __grid_constant__ SampleCudaParams<T> p) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    sample_kernel(const __grid_constant__ SampleCudaParams<T> p) {
   Shared& shared = shared_memory<Shared>();
   Row<T> row(p, shared.counts);
   const int64_t token = draw(row, shared.cut);

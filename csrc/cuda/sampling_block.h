@@ -87,7 +87,8 @@ __device__ __forceinline__ Best better(Best a, Best b) {
 __device__ __forceinline__ Best warp_best(Best best) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2)
-    best = better(best, {__shfl_xor_sync(kAllLanes, best.value, bits), __shfl_xor_sync(kAllLanes, best.id, bits)});
+    best = better(best,
+                  {__shfl_xor_sync(kAllLanes, best.value, bits), __shfl_xor_sync(kAllLanes, best.id, bits)});
   return best;
 }
 

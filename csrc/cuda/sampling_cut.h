@@ -67,8 +67,8 @@ __device__ inline void clear(Histogram& histogram) {
   __syncthreads();
 }
 
-// The bucket in which the goal is met, the last one with tokens if none. `largest` is the probability that the
-// units of mass are parts of; `start` is what lies before the first bucket. All threads learn it.
+// The bucket in which the goal is met, the last one with tokens if none. `largest` is the probability that
+// the units of mass are parts of; `start` is what lies before the first bucket. All threads learn it.
 __device__ inline Found find_bucket(CutMemory& memory, const Goal& goal, const Found& start, double largest) {
   constexpr int kEach = kBuckets / kBlockThreads;
   const Histogram& histogram = memory.histogram;
@@ -79,7 +79,8 @@ __device__ inline Found find_bucket(CutMemory& memory, const Goal& goal, const F
     mass += (double)histogram.mass[i] * kMassUnit * largest;
   }
   const Scanned counts = block_scan(memory.scratch, count), masses = block_scan(memory.scratch, mass);
-  Found mine{-1, start.count_before + (int)(counts.upto - count), 0, start.mass_before + masses.upto - mass, 0.0};
+  Found mine{-1, start.count_before + (int)(counts.upto - count), 0, start.mass_before + masses.upto - mass,
+             0.0};
   int last = -1; // the last bucket of this thread whose first token is wanted
   Found at = mine;
   for (int i = first; i < first + kEach; ++i) {
@@ -187,7 +188,8 @@ __device__ Cut cut_in_key(const Row<T>& row, CutMemory& memory, const Cut& withi
   const int i = (int)threadIdx.x;
   const double mine = i < size ? memory.candidates.probability[i] : 0.0;
   const Scanned masses = block_scan(memory.scratch, mine);
-  const bool wanted = i < size && goal.wants(tokens.count_before + i, tokens.mass_before + masses.upto - mine);
+  const bool wanted =
+      i < size && goal.wants(tokens.count_before + i, tokens.mass_before + masses.upto - mine);
   const int last = block_max(memory.scratch, wanted ? i : -1);
   if (last < 0)
     return {key, INFINITY, -1, false};
@@ -197,8 +199,7 @@ __device__ Cut cut_in_key(const Row<T>& row, CutMemory& memory, const Cut& withi
 }
 
 // The mass of the tokens that `cut` keeps and whose key lies below `end`.
-template <class T>
-__device__ double mass_of(const Row<T>& row, CutMemory& memory, const Cut& cut, int end) {
+template <class T> __device__ double mass_of(const Row<T>& row, CutMemory& memory, const Cut& cut, int end) {
   double mass = 0.0;
   for_kept(row, cut, [&](int, double value, int key) { mass += key < end ? row.probability(value) : 0.0; });
   return block_sum(memory.scratch, mass);
@@ -217,7 +218,8 @@ __device__ Found find_first(const Row<T>& row, CutMemory& memory, const Cut& wit
 
 // The rest: in which of its keys, and at which token. Sums that decide are in fp64 and in one order.
 template <class T>
-__device__ Cut find_cut(const Row<T>& row, CutMemory& memory, const Cut& within, const Goal& goal, Found bucket) {
+__device__ Cut find_cut(const Row<T>& row, CutMemory& memory, const Cut& within, const Goal& goal,
+                        Found bucket) {
   const double largest = exp2(-bucket.bucket / 64.0);
   if (!goal.by_count)
     bucket.mass_before = mass_of(row, memory, within, bucket.bucket << 12);

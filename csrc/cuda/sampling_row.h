@@ -75,7 +75,7 @@ template <class T> struct Row {
   // The value of a token of the slice that was counted last.
   __device__ double value(int i) const {
     if (p.mask != nullptr) {
-      const uint32_t word = (uint32_t)p.mask[row * ((p.vocabulary + 31) / 32) + i / 32];
+      const uint32_t word = (uint32_t)p.mask[row * ((p.vocabulary + 31) / 32) + (int64_t)i / 32];
       if ((word >> (i % 32) & 1u) == 0)
         return -INFINITY;
     }
@@ -104,8 +104,8 @@ template <class T> struct Row {
     return (int)(fmaxf(fminf(distance, 4095.99976f), 0.0f) * 4096.0f); // a NaN is the last one
   }
 
-  // body(token, value, piece) over the vocabulary, each warp over whole pieces; after(piece) when one is done.
-  // All threads of the block come along.
+  // body(token, value, piece) over the vocabulary, each warp over whole pieces; after(piece) when one is
+  // done. All threads of the block come along.
   template <class Body, class After> __device__ void for_pieces(Body body, After after) const {
     for (int slice = 0; slice < p.vocabulary; slice += kSliceTokens) {
       if (penalised)

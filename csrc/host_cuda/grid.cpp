@@ -75,6 +75,7 @@ struct Grid {
   std::vector<Block> resident;
   std::vector<unsigned> waiting; // blocks that no thread has begun
   unsigned running = 0;
+  bool prints = false;
 };
 
 Grid grid;
@@ -288,14 +289,18 @@ void fault(const char* format, ...) {
   std::vsnprintf(what.data(), what.size(), format, values);
   va_end(values);
   std::fprintf(stderr, "host_cuda: kernel %s, block %s, seed %llu: %s\n", kernel_name().c_str(),
-               text(unravel(current().block->index, grid.launch->grid)).c_str(), (unsigned long long)grid.seed,
-               what.data());
+               text(unravel(current().block->index, grid.launch->grid)).c_str(),
+               (unsigned long long)grid.seed, what.data());
   std::fflush(nullptr);
   std::_Exit(kFault);
 }
 
 void trap(Line here) {
   fault("thread %s reached __trap at %s", text(current().index).c_str(), text(here).c_str());
+}
+
+void print_launches() {
+  grid.prints = true;
 }
 
 void shuffle_by(uint64_t seed) {
@@ -308,6 +313,11 @@ int run(const Launch& launch) {
     return 9; // cudaErrorInvalidConfiguration
   grid.launch = &launch;
   grid.size = launch.block.x * launch.block.y * launch.block.z;
+  if (grid.prints) {
+    std::printf("%u %zu %s\n", grid.size, launch.shared, kernel_name().c_str());
+    grid.launch = nullptr;
+    return 0;
+  }
   forget_accesses();
   forget_order();
   run_blocks();

@@ -46,6 +46,9 @@ int run(const Launch& launch);
 // The seed of all orders from now on.
 void shuffle_by(uint64_t seed);
 
+// From now on launches are printed, "threads shared-bytes kernel", and not run.
+void print_launches();
+
 // Whether the waiting statement at this place, "file:line", is to be left out: KVKEYE_WITHOUT names it.
 bool left_out(const char* place);
 

@@ -12,7 +12,8 @@ namespace {
 constexpr const char* kOp = "paged_attention";
 constexpr int64_t kMostRows = (int64_t)1 << 31; // of q and of a cache: their numbers are int32 in the kernel
 
-// [T, Hq, D] with dense heads whose addresses and strides are multiples of 4 bytes; a copy where they are not.
+// [T, Hq, D] with dense heads whose addresses and strides are multiples of 4 bytes; a copy where they are
+// not.
 Tensor queries_of(const Tensor& q) {
   const bool usable = q.stride(2) == 1 && q.stride(0) % 2 == 0 && q.stride(1) % 2 == 0;
   return aligned(usable ? q : torch::stable::contiguous(q), 4);
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   const Tensor queries = queries_of(q), table = dense(block_table), bounds = dense(cu_seqlens_q),
                contexts = dense(context_lens), bits = tree_mask.has_value() ? dense(*tree_mask) : lse;
   const int64_t kv_heads = k_cache.size(1), block_size = k_cache.size(2), dim = q.size(2);
-  const PagedCudaPlan plan = paged_cuda_plan(q.size(0), contexts.numel(), q.size(1), kv_heads, dim,
-                                             table.size(1) * block_size);
+  const PagedCudaPlan plan =
+      paged_cuda_plan(q.size(0), contexts.numel(), q.size(1), kv_heads, dim, table.size(1) * block_size);
   const Workspace workspace(q, plan, kv_heads);
   PagedCudaParams<bf16> params{};
   params.q = read<bf16>(queries);

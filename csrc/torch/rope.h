@@ -22,7 +22,7 @@ inline SectionedAngles Sections::angles() const {
 }
 
 inline Sections sections_of(const char* op, const Tensor& positions, const std::vector<int64_t>& sections,
-                     double theta, int64_t tokens, int64_t dim) {
+                            double theta, int64_t tokens, int64_t dim) {
   const Argument argument{op, "positions", positions};
   argument.has_shape({3, tokens});
   argument.has_dtype(ScalarType::Long);
@@ -46,8 +46,8 @@ struct Projection {
   int64_t num_q_heads, num_kv_heads, dim;
 };
 
-inline Projection projection_of(const char* op, const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
-                         int64_t num_kv_heads) {
+inline Projection projection_of(const char* op, const Tensor& qkv, const Tensor& q_weight,
+                                const Tensor& k_weight, int64_t num_kv_heads) {
   const Argument argument{op, "qkv", qkv};
   argument.has_dim(2, "[T, (Hq + 2 Hkv) D]");
   const int64_t dim = q_weight.numel();

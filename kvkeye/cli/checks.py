@@ -35,7 +35,7 @@ def all_checks() -> list[Check]:
     checks = [python(), *packages()]
     groups: list[Callable[[], list[Check]]] = [environment]
     if checks[1].status != FAIL:  # torch
-        groups = [processor, libraries, kernels, host, triton, gpus, environment]
+        groups = [processor, libraries, kernels, host, triton, gpus, gpu_ops, environment]
     for group in groups:
         try:
             checks += group()
@@ -172,6 +172,25 @@ def gpus() -> list[Check]:
         value = f"{found.name}, sm_{found.major}{found.minor}, {free:.1f} of {total:.1f} GiB free"
         checks.append(Check(f"GPU {index}", PASS, f"{value}, CUDA {torch.version.cuda}"))
     return checks
+
+
+def gpu_ops() -> list[Check]:
+    """Which implementation each op of a forward pass tries first on a GPU, and why where it is the reference."""
+    import torch
+
+    from kvkeye.engine.backends import SERVING_OPS
+    from kvkeye.ops import OPS
+
+    by_name: dict[str, list[str]] = {}
+    reasons: list[str] = []
+    for op in SERVING_OPS:
+        name, passed = OPS[op].first_choice("cuda")
+        by_name.setdefault(name, []).append(op)
+        reasons += [f"{op}: {reason}" for reason in passed if name == "eager"]
+    seen = torch.cuda.is_available()
+    chosen = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
+    status = WARN if seen and reasons else PASS
+    return [Check("GPU ops", status, chosen if seen else f"on a GPU {chosen}", "; ".join(reasons) if seen else "")]
 
 
 def environment() -> list[Check]:

@@ -64,11 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in OPS:
             print(f"kvkeye ops: no op {name!r}; known: {', '.join(OPS)}", file=sys.stderr)
             return 2
-        print(f"kvkeye::{name}{OPS[name].schema}\n\n{OPS[name].__doc__}\n\n{OPS[name].explain()}")
+        first, passed = OPS[name].first_choice("cuda")
+        on_gpu = f"on a GPU: {first}" + "".join(f"\n  not {reason}" for reason in passed)
+        print(f"kvkeye::{name}{OPS[name].schema}\n\n{OPS[name].__doc__}\n\n{OPS[name].explain()}\n{on_gpu}")
         return 0
-    print(f"{'op':<26}{'family':<13}{'grad':<6}" + "".join(f"{n:<8}" for n in NAMES))
+    print(f"{'op':<26}{'family':<13}{'grad':<6}" + "".join(f"{n:<8}" for n in NAMES) + "first on a GPU")
     for op, family, gradient, cells in support_rows():
-        print(f"{op:<26}{family:<13}{gradient:<6}" + "".join(f"{c:<8}" for c in cells))
+        first, _ = OPS[op].first_choice("cuda")
+        print(f"{op:<26}{family:<13}{gradient:<6}" + "".join(f"{c:<8}" for c in cells) + first)
     for line in reasons():
         print(line)
     return 0

@@ -153,6 +153,20 @@ class Op:
             return name, call
         raise UnsupportedError(f"no implementation accepts this call\n{self.explain(*args)}")
 
+    def first_choice(self, device: str) -> tuple[str, list[str]]:
+        """The implementation that calls on `device` try first, and why those before it in the order are passed over.
+
+        Where no GPU is visible, what a machine with one would run: an implementation counts if it is declared.
+        """
+        passed: list[str] = []
+        for name in _policy.order(self.family, self.name, device).names:
+            here = device == "cpu" or torch.cuda.is_available()
+            reasons = list(self._reasons(name, (), ())) if here or name not in self.implementations else []
+            if not reasons:
+                return name, passed
+            passed.append(f"{name}: {'; '.join(reasons)}")
+        return "none", passed
+
     def explain(self, *args: Any) -> str:
         """The order in force and, per implementation, whether it runs or why it refuses."""
         tensors = _tensors(args)

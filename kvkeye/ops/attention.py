@@ -160,7 +160,16 @@ def _visible(rows: int, length: int, bits: Optional[Tensor], device: torch.devic
 paged_attention.fake(lambda q, *rest: (q.new_empty(q.shape), wide(q).new_empty(q.shape[:2])))
 
 
+def _not_for_the_paged_kernel(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object) -> Iterator[str]:
+    if q.shape[2] not in (64, 72, 80, 128):
+        yield f"the head size is {q.shape[2]}; the GPU kernel takes 64, 72, 80 and 128"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not cache.is_contiguous():
+            yield f"{name} is not contiguous; the GPU kernel copies whole rows"
+
+
 paged_attention.implement("cpp")
+paged_attention.implement("cuda", refuses=_not_for_the_paged_kernel, dtypes=(torch.bfloat16,))
 paged_attention.implement("triton", "attention:paged_attention")
 
 

@@ -118,7 +118,13 @@ def _fake_queries(
 qk_norm_mrope_append.fake(_fake_queries)
 
 
+def _other_head_size(qkv: Tensor, q_weight: Tensor, *rest: object) -> Iterator[str]:
+    if q_weight.numel() not in (64, 128, 256):
+        yield f"the head size is {q_weight.numel()}; the GPU kernel takes 64, 128 and 256"
+
+
 qk_norm_mrope_append.implement("cpp")
+qk_norm_mrope_append.implement("cuda", refuses=_other_head_size)
 
 
 def _pairs_fit(k_cache: Tensor, v_cache: Tensor, block_pairs: Tensor) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from kvkeye import host, ops
 from kvkeye.cli import bundled, checks
+from kvkeye.engine.backends import SERVING_OPS
 from kvkeye.ops import _library
 
 
@@ -34,6 +36,21 @@ def test_facts_of_this_machine(doctor):
     if reason is None:
         assert found["C++ kernels"]["value"].split()[0] in ("generic", "avx2", "avx512", "amx")
         assert "cpp" in found["kernels run"]["value"]
+
+
+def test_what_a_gpu_would_run_is_listed(doctor):
+    chosen = doctor()[2]["GPU ops"]["value"]
+    listed = {op for part in chosen.removeprefix("on a GPU ").split("; ") for op in part.partition(": ")[2].split(", ")}
+    assert listed == set(SERVING_OPS) and "eager" not in chosen
+    assert "cuda: copy_blocks, paged_attention, qk_norm_mrope_append, sample" in chosen
+
+
+def test_an_op_that_falls_to_its_reference_on_a_gpu_is_a_warning(doctor, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(_library, "native_reason", lambda name, op: None)
+    monkeypatch.setitem(ops.OPS, "sample", dataclasses.replace(ops.OPS["sample"], implementations={}))
+    [found] = checks.gpu_ops()
+    assert found.status == "WARN" and "sample: cuda: sample has no cuda implementation" in found.advice
 
 
 def test_text_ends_with_the_verdict(call):

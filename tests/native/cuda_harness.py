@@ -51,6 +51,10 @@ class Plant:
     wrong: str
     name: str
 
+    @property
+    def switch(self) -> str:
+        return f"{self.file} {self.name}"
+
 
 def waits(path: Path) -> list[str]:
     """The waiting statements of a source file by name, "file:line", in order."""
@@ -96,7 +100,7 @@ def _with_switches(folder: Path, plants: Sequence[Plant]) -> Path:
         for plant in plants:
             if plant.file == path.name:
                 assert text.count(plant.right) == 1, f"{plant.right} is {text.count(plant.right)} times in {plant.file}"
-                asked = f'(kvkeye::host_cuda::left_out("{plant.name}") ? ({plant.wrong}) : ({plant.right}))'
+                asked = f'(kvkeye::host_cuda::left_out("{plant.switch}") ? ({plant.wrong}) : ({plant.right}))'
                 text = text.replace(plant.right, asked)
         (target / path.name).write_text(text)
     return target

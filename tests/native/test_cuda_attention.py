@@ -14,45 +14,11 @@ from kvkeye import ops
 from kvkeye.testing.case import Sample
 from kvkeye.testing.compare import assert_close
 from tests.native import cuda_harness as harness
+from tests.native import cuda_plants as plants
 from tests.native.cuda_harness import Call, Plant
 
 SOURCE = harness.CUDA / "paged_attention.cu"
-SOURCES = [SOURCE, harness.CALLS / "attention_calls.cpp"]
-ROWS = "attention_rows.h"
-#: One overrun per buffer.
-PLANTS = [
-    Plant(SOURCE.name, "place % p.num_q_heads * p.q_head_stride", "(place % p.num_q_heads + 1) * p.q_head_stride", "q"),
-    Plant(SOURCE.name, "p.k_cache", "p.k_cache + Dim", "k_cache"),
-    Plant(SOURCE.name, "p.v_cache", "p.v_cache + Dim", "v_cache"),
-    Plant(SOURCE.name, "p.o + place * Dim", "p.o + (place + 1) * Dim", "o"),
-    Plant(SOURCE.name, "p.lse[place]", "p.lse[place + 1]", "lse"),
-    Plant(SOURCE.name, "position >= tile.end", "position >= tile.end + kCudaTile", "block_table"),
-    Plant(ROWS, "p.cu_seqlens_q[found.sequence + 1]", "p.cu_seqlens_q[found.sequence + 2]", "cu_seqlens_q"),
-    Plant(ROWS, "p.context_lens[found.sequence]", "p.context_lens[found.sequence + 1]", "context_lens"),
-    Plant(ROWS, "p.tree_mask[tile.first_token + token]", "p.tree_mask[tile.first_token + token + 1]", "tree_mask"),
-    Plant(SOURCE.name, "p.partial_o + place * Dim", "p.partial_o + (place + 1) * Dim", "partial_o"),
-    Plant(SOURCE.name, "p.partial_state + 2 * place", "p.partial_state + 2 * place + 2", "partial_state"),
-    Plant(SOURCE.name, "(int64_t)blockIdx.x * gridDim.y", "(int64_t)(blockIdx.x + 1) * gridDim.y", "arrivals"),
-    Plant("attention_warp.h", "count * L::kPadded", "(count + 1) * L::kPadded", "keys in shared memory"),
-]
-
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="no g++")
-
-
-@pytest.fixture(scope="session")
-def asan(cuda_builds: Path) -> Path:
-    return harness.build("asan", cuda_builds, SOURCES, plants=PLANTS)
-
-
-@pytest.fixture(scope="session")
-def races(cuda_builds: Path) -> Path:
-    return harness.build("races", cuda_builds, SOURCES)
-
-
-@pytest.fixture(scope="session", params=["asan", "races"])
-def program(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(request.param)
-    return found
 
 
 class Paged:
@@ -197,15 +163,15 @@ def test_every_wait_is_needed(wait: str, races: Path, tmp_path: Path) -> None:
 
 def overrun_calls() -> list[Call]:
     """Every slot of the cache and every element of each buffer is in use."""
-    exact = Paged([544, 32], [2, 2], (4, 2), 32, 64)
+    exact = Paged([32, 544], [2, 2], (4, 2), 32, 64)
     tree = Paged([64], [2], (4, 2), 32, 64, [1, 3])
     tiles = Paged([64], [20], (4, 2), 32, 64)
-    return [exact.call(), tree.call(), tiles.call()]
+    return [tree.call(), exact.call(), tiles.call()]
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+@pytest.mark.parametrize("plant", plants.ATTENTION, ids=lambda plant: plant.name)
 def test_planted_overruns_are_caught(plant: Plant, asan: Path, tmp_path: Path) -> None:
-    said = harness.complaint(asan, overrun_calls(), tmp_path, plant.name)
+    said = harness.complaint(asan, overrun_calls(), tmp_path, plant.switch)
     assert "heap-buffer-overflow" in said or "out of bounds" in said, said[:600]
 
 

@@ -10,16 +10,12 @@ from torch import Tensor
 
 from kvkeye import ops
 from tests.native import cuda_harness as harness
-from tests.native.cuda_harness import Call
+from tests.native import cuda_plants as plants
+from tests.native.cuda_harness import Call, Plant
 
 SEEDS = (1, 2, 3)
 
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="no g++")
-
-
-@pytest.fixture(scope="session", params=["asan", "races"])
-def program(request: pytest.FixtureRequest, cuda_builds: Path) -> Path:
-    return harness.build(request.param, cuda_builds)
 
 
 def caches(generator: torch.Generator, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -80,19 +76,27 @@ def test_copy_blocks(program: Path, seed: int, tmp_path: Path) -> None:
         assert torch.equal(found["k_cache"], k_cache) and torch.equal(found["v_cache"], v_cache), call.numbers
 
 
-def test_indices_outside_the_cache_trap(cuda_builds: Path, tmp_path: Path) -> None:
-    program = harness.build("asan", cuda_builds)
+def test_indices_outside_the_cache_trap(asan: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     far = append_call(generator, 3, 1, 8, torch.float32)
     far.buffers["slot_mapping"][0] = 20
     for i, call in enumerate([far, copy_call(generator, 8, [[0, 5]]), copy_call(generator, 8, [[-1, 0]])]):
-        result = harness.execute(program, 1, [call], tmp_path / str(i))
+        result = harness.execute(asan, 1, [call], tmp_path / str(i))
         assert result.returncode == harness.FAULT and "reached __trap at kv_cache.cu:" in result.stderr
 
 
-def test_two_pairs_with_one_target_race(cuda_builds: Path, tmp_path: Path) -> None:
+def test_two_pairs_with_one_target_race(races: Path, tmp_path: Path) -> None:
     """The contract asks for distinct targets; the race checker sees why."""
-    program = harness.build("races", cuda_builds)
     call = copy_call(torch.Generator().manual_seed(0), 8, [[0, 3], [1, 3]])
-    result = harness.execute(program, 1, [call], tmp_path / "call")
+    result = harness.execute(races, 1, [call], tmp_path / "call")
     assert result.returncode == harness.FAULT and "data race in k_cache" in result.stderr
+
+
+@pytest.mark.parametrize("plant", plants.KV_CACHE, ids=lambda plant: plant.name)
+def test_planted_overruns_are_caught(plant: Plant, asan: Path, tmp_path: Path) -> None:
+    """The last token goes to the last slot, the last pair to the last block. These kernels wait for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    append = append_call(generator, 3, 2, 72, torch.bfloat16)
+    append.buffers["slot_mapping"][:] = torch.tensor([17, 18, 19])
+    calls = [append, copy_call(generator, 72, [[0, 4]])]
+    assert "heap-buffer-overflow" in harness.complaint(asan, calls, tmp_path, plant.switch)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kvkeye import ops
 from tests.native import cuda_harness as harness
-from tests.native.cuda_harness import Call
+from tests.native import cuda_plants as plants
+from tests.native.cuda_harness import Call, Plant
 
 SOURCE = harness.ROOT / "csrc" / "cuda" / "vision.cu"
-CALLS = harness.CALLS / "vision_calls.cpp"
 PATCH, DIM = 14, 588
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
@@ -61,11 +61,6 @@ def call_of(
         truth = ops.pack_patches(images, targets, MEAN, STD, bilinear, PATCH, dtype)
     buffers["out"] = torch.full_like(truth, torch.nan)
     return Call("pack_patches", numbers, buffers), truth
-
-
-@pytest.fixture(scope="session", params=["asan", "races"])
-def program(request: pytest.FixtureRequest, cuda_builds: Path) -> Path:
-    return harness.build(request.param, cuda_builds)
 
 
 @pytest.mark.parametrize("bilinear", [False, True], ids=["bicubic", "bilinear"])
@@ -116,39 +111,14 @@ def test_the_longest_sides(cuda_builds: Path, tmp_path: Path) -> None:
     assert torch.equal(found["out"], truth)
 
 
-def mutant(old: str, new: str, occurrence: int, folder: Path) -> Path:
-    """The kernel's source with one occurrence of `old` replaced."""
-    parts = SOURCE.read_text().split(old)
-    assert len(parts) > occurrence + 1, f"{old} is not in {SOURCE.name} {occurrence + 1} times"
-    folder.mkdir(exist_ok=True)
-    path = folder / SOURCE.name
-    path.write_text(old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :]))
-    return path
-
-
-def outcome(flavour: str, source: Path, call: Call, cuda_builds: Path, tmp_path: Path) -> str:
-    result = harness.execute(harness.build(flavour, cuda_builds, [source, CALLS]), 1, [call], tmp_path / "call")
-    assert result.returncode != 0, "the fault went unseen"
-    return result.stderr
-
-
-@pytest.mark.parametrize("barrier", range(SOURCE.read_text().count("__syncthreads();")))
-def test_every_barrier_is_needed(barrier: int, cuda_builds: Path, tmp_path: Path) -> None:
-    """One removed in turn: the race checker names the memory that is no longer ordered."""
+@pytest.mark.parametrize("wait", harness.waits(SOURCE))
+def test_every_wait_is_needed(wait: str, races: Path, tmp_path: Path) -> None:
+    """One left out in turn: the race checker names the memory that is no longer ordered."""
     call, _ = call_of([(100, 30, 14, 28)], 1, torch.float32, bilinear=False)  # several chunks of input rows
-    source = mutant("__syncthreads();", "", barrier, tmp_path / "mutant")
-    assert "data race in shared memory" in outcome("races", source, call, cuda_builds, tmp_path)
+    assert "data race in shared memory" in harness.complaint(races, [call], tmp_path, wait)
 
 
-OVERRUNS = {
-    "rows after the last": ("min(row + i, last)", "min(row + i, last + kTogether)"),
-    "patches after the last": ("i < patches * 3 * kArea / 4", "i < patches * 3 * kArea / 4 + 1"),
-    "the next column": ("3 * (int64_t)across.first", "3 * (int64_t)(across.first + 1)"),
-}
-
-
-@pytest.mark.parametrize("overrun", OVERRUNS)
-def test_planted_overruns_are_caught(overrun: str, cuda_builds: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plant", plants.VISION, ids=lambda plant: plant.name)
+def test_planted_overruns_are_caught(plant: Plant, asan: Path, tmp_path: Path) -> None:
     call, _ = call_of([(rows, 28, 28, 28) for rows in (29, 30, 31)], 1, torch.float32, bilinear=False)
-    source = mutant(*OVERRUNS[overrun], 0, tmp_path / "mutant")
-    assert "AddressSanitizer: heap-buffer-overflow" in outcome("asan", source, call, cuda_builds, tmp_path)
+    assert "heap-buffer-overflow" in harness.complaint(asan, [call], tmp_path, plant.switch)

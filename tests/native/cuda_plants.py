@@ -1,0 +1,80 @@
+"""Overruns planted into the CUDA kernels, one per buffer: expressions and the wrong ones that a switch puts there."""
+
+from __future__ import annotations
+
+from tests.native.cuda_harness import Plant
+
+ATTENTION = [
+    Plant(
+        "paged_attention.cu",
+        "place % p.num_q_heads * p.q_head_stride",
+        "(place % p.num_q_heads + 1) * p.q_head_stride",
+        "q",
+    ),
+    Plant("paged_attention.cu", "p.k_cache", "p.k_cache + Dim", "k_cache"),
+    Plant("paged_attention.cu", "p.v_cache", "p.v_cache + Dim", "v_cache"),
+    Plant("paged_attention.cu", "p.o + place * Dim", "p.o + (place + 1) * Dim", "o"),
+    Plant("paged_attention.cu", "p.lse[place]", "p.lse[place + 1]", "lse"),
+    Plant("paged_attention.cu", "position >= tile.end", "position >= tile.end + kCudaTile", "block_table"),
+    Plant(
+        "attention_rows.h", "p.cu_seqlens_q[found.sequence + 1]", "p.cu_seqlens_q[found.sequence + 2]", "cu_seqlens_q"
+    ),
+    Plant("attention_rows.h", "p.context_lens[found.sequence]", "p.context_lens[found.sequence + 1]", "context_lens"),
+    Plant(
+        "attention_rows.h",
+        "p.tree_mask[tile.first_token + token]",
+        "p.tree_mask[tile.first_token + token + 1]",
+        "tree_mask",
+    ),
+    Plant("paged_attention.cu", "p.partial_o + place * Dim", "p.partial_o + (place + 1) * Dim", "partial_o"),
+    Plant("paged_attention.cu", "p.partial_state + 2 * place", "p.partial_state + 2 * place + 2", "partial_state"),
+    Plant("paged_attention.cu", "(int64_t)blockIdx.x * gridDim.y", "(int64_t)(blockIdx.x + 1) * gridDim.y", "arrivals"),
+    Plant("attention_warp.h", "count * L::kPadded", "(count + 1) * L::kPadded", "keys in shared memory"),
+]
+
+SAMPLING = [
+    Plant("sampling_row.h", "row * p.logits_stride + i", "row * p.logits_stride + i + 1", "logits"),
+    Plant("sampling_row.h", "(int64_t)i / 32", "(int64_t)i / 32 + 1", "mask"),
+    Plant("sampling_row.h", "p.history[i]", "p.history[i + 1]", "history"),
+    Plant("sampling_row.h", "p.num_prompt[row]", "p.num_prompt[row + 1]", "num_prompt"),
+    Plant("sampling_row.h", "p.temperature[row]", "p.temperature[row + 1]", "temperature"),
+    Plant("sampling_row.h", "counts.seen[i % kSliceTokens]", "counts.seen[i]", "counts"),
+    Plant("sampling.cu", "p.top_p[row] < 1.0f", "p.top_p[row + 1] < 1.0f", "top_p"),
+    Plant("sampling.cu", "p.seeds[row]", "p.seeds[row + 1]", "seeds"),
+    Plant("sampling.cu", "p.tokens[row.row]", "p.tokens[row.row + 1]", "tokens"),
+    Plant("sampling.cu", "bucket.count_before + bucket.count", "0 * bucket.count", "candidates"),
+]
+
+ROPE = [
+    Plant("rope.cu", "p.qkv + token * p.stride", "p.qkv + (token + 1) * p.stride", "qkv"),
+    Plant("rope.cu", "weight + kEach * lane", "weight + kEach * (lane + 1)", "weights"),
+    Plant("rope.cu", "(token * p.num_q_heads + head) * Dim", "(token * p.num_q_heads + head + 1) * Dim", "q"),
+    Plant(
+        "rope.cu",
+        "first_row + (int64_t)kv_head * p.block_size",
+        "first_row + (kv_head + 1) * (int64_t)p.block_size",
+        "cache",
+    ),
+    Plant("rope.cu", "p.positions[axis * p.tokens + token]", "p.positions[axis * p.tokens + token + 1]", "positions"),
+    Plant("rope.cu", "p.slot_mapping[token]", "p.slot_mapping[token + 1]", "slot_mapping"),
+    Plant("rope.cu", "angles.sin[column + i]", "angles.sin[column + i + Dim / 2]", "angles"),
+]
+
+VISION = [
+    Plant("vision.cu", "min(row + i, last)", "min(row + i, last + kTogether)", "rows after the last"),
+    Plant("vision.cu", "i < patches * 3 * kArea / 4", "i < patches * 3 * kArea / 4 + 1", "patches after the last"),
+    Plant("vision.cu", "3 * (int64_t)across.first", "3 * (int64_t)(across.first + 1)", "the next column"),
+]
+KV_CACHE = [
+    Plant("kv_cache.cu", "token * p.token_stride[side]", "(token + 1) * p.token_stride[side]", "source"),
+    Plant("kv_cache.cu", "first_row + head * p.block_size", "first_row + (head + 1) * p.block_size", "cache"),
+    Plant("kv_cache.cu", "p.slot_mapping[token]", "p.slot_mapping[token + 1]", "slot_mapping"),
+    Plant("kv_cache.cu", "bytes / (int64_t)sizeof(Word)", "bytes / (int64_t)sizeof(Word) + 1", "blocks"),
+    Plant(
+        "kv_cache.cu",
+        "p.block_pairs[2 * (int64_t)blockIdx.x]",
+        "p.block_pairs[2 * (int64_t)blockIdx.x + 2]",
+        "block_pairs",
+    ),
+]
+ALL = [*ATTENTION, *SAMPLING, *ROPE, *VISION, *KV_CACHE]
