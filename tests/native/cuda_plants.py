@@ -69,7 +69,7 @@ KV_CACHE = [
     Plant("kv_cache.cu", "token * p.token_stride[side]", "(token + 1) * p.token_stride[side]", "source"),
     Plant("kv_cache.cu", "first_row + head * p.block_size", "first_row + (head + 1) * p.block_size", "cache"),
     Plant("kv_cache.cu", "p.slot_mapping[token]", "p.slot_mapping[token + 1]", "slot_mapping"),
-    Plant("kv_cache.cu", "bytes / (int64_t)sizeof(Word)", "bytes / (int64_t)sizeof(Word) + 1", "blocks"),
+    Plant("kv_cache.cu", "i < bytes / (int64_t)sizeof(Word)", "i < bytes / (int64_t)sizeof(Word) + 1", "blocks"),
     Plant(
         "kv_cache.cu",
         "p.block_pairs[2 * (int64_t)blockIdx.x]",
