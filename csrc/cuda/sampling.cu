@@ -94,7 +94,6 @@ template <class T>
 __device__ int64_t draw_from_row(const Row<T>& row, CutMemory& memory, const Cut& cut,
                                  const Settings& given) {
   constexpr int kEach = kPieces / kBlockThreads;
-  __syncthreads(); // the memory's last use is over
   for (int i = (int)threadIdx.x; i < kPieces; i += kBlockThreads)
     memory.pieces[i] = 0.0;
   __syncthreads();

@@ -70,7 +70,7 @@ __device__ inline int block_max(BlockScratch& scratch, int value) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2)
     value = max(value, __shfl_xor_sync(kAllLanes, value, bits));
-  __syncthreads(); // the scratch is free again
+  __syncthreads(); // redundant: every caller so far waits once more before it asks again
   return value;
 }
 

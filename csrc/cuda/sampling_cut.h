@@ -59,7 +59,6 @@ struct CutMemory {
 };
 
 __device__ inline void clear(Histogram& histogram) {
-  __syncthreads(); // whoever reads what it was may still do so
   for (int i = (int)threadIdx.x; i < kBuckets; i += kBlockThreads) {
     histogram.mass[i] = 0;
     histogram.count[i] = 0;

@@ -99,4 +99,4 @@ def test_planted_overruns_are_caught(plant: Plant, asan: Path, tmp_path: Path) -
     append = append_call(generator, 3, 2, 72, torch.bfloat16)
     append.buffers["slot_mapping"][:] = torch.tensor([17, 18, 19])
     calls = [append, copy_call(generator, 72, [[0, 4]])]
-    assert "heap-buffer-overflow" in harness.complaint(asan, calls, tmp_path, plant.switch)
+    harness.check_plant(asan, calls, tmp_path, plant)

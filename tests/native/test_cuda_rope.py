@@ -106,14 +106,12 @@ def test_a_token_does_not_know_its_batch(asan: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wait", harness.waits(SOURCE))
 def test_every_wait_is_needed(wait: str, races: Path, tmp_path: Path) -> None:
-    said = harness.complaint(races, [Write(1, (2, 1), 128, torch.float32).call()], tmp_path, wait)
-    assert "data race in shared memory" in said
+    harness.check_wait(races, [Write(1, (2, 1), 128, torch.float32).call()], tmp_path, wait)
 
 
 @pytest.mark.parametrize("plant", plants.ROPE, ids=lambda plant: plant.name)
 def test_planted_overruns_are_caught(plant: Plant, asan: Path, tmp_path: Path) -> None:
-    said = harness.complaint(asan, [Write(4, (4, 2), 128, torch.float32).call()], tmp_path, plant.switch)
-    assert "heap-buffer-overflow" in said or "out of bounds" in said, said[:600]
+    harness.check_plant(asan, [Write(4, (4, 2), 128, torch.float32).call()], tmp_path, plant)
 
 
 def test_a_slot_outside_the_cache_traps(asan: Path, tmp_path: Path) -> None:
