@@ -98,12 +98,21 @@ def usages() -> dict[tuple[str, str], Usage]:
     return {(target, names[name]): usage for (target, name), usage in found.items()}
 
 
+def compiler() -> str:
+    """The version of the CUDA compiler that the build found."""
+    cache = harness.ROOT / "build" / "native" / "CMakeFiles"
+    found = [
+        re.search(r'CMAKE_CUDA_COMPILER_VERSION "([^"]+)"', p.read_text())
+        for p in cache.glob("*/CMakeCUDACompiler.cmake")
+    ]
+    return next((match[1] for match in found if match), "unknown")
+
+
 @functools.cache
-def launches(folder: Path) -> dict[str, Launch]:
-    program = harness.build("asan", folder)
-    call = harness.Call("launches", {}, {})
-    with tempfile.TemporaryDirectory() as calls:
-        printed = harness.execute(program, 1, [call], Path(calls) / "call").stdout
+def launches(program: Path) -> dict[str, Launch]:
+    """Threads and shared memory of each kernel, as the launchers of the host build ask for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = harness.execute(program, 1, [harness.Call("launches", {}, {})], Path(folder) / "call").stdout
     rows = [line.split(" ", 2) for line in printed.splitlines()]
     return {short(name): Launch(int(threads), int(shared)) for threads, shared, name in rows}
 
@@ -130,14 +139,14 @@ def blocks_per_multiprocessor(target: Target, usage: Usage, launch: Launch) -> i
     )
 
 
-def table(folder: Path) -> str:
+def table(program: Path) -> str:
     """Markdown: a row per kernel; registers and resident warps (of the most there are) per target."""
     names = [target.name for target in TARGETS]
     lines = [
         "| kernel | threads | shared memory | registers " + " / ".join(names) + " | warps of a multiprocessor |",
         "|---|---|---|---|---|",
     ]
-    for kernel, launch in sorted(launches(folder).items()):
+    for kernel, launch in sorted(launches(program).items()):
         found = [usages()[target.name, kernel] for target in TARGETS]
         warps = [
             f"{blocks_per_multiprocessor(target, usage, launch) * launch.threads // 32} of {target.warps}"
@@ -150,4 +159,4 @@ def table(folder: Path) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as builds:
-        print(table(Path(builds)))
+        print(f"compiler {compiler()}\n\n{table(harness.build('asan', Path(builds)))}")

@@ -1,4 +1,4 @@
-"""What the CUDA compiler makes of the kernels, seen without a GPU: no spills, no local memory, no hard-wired torch."""
+"""What the CUDA compiler made of the kernels, read from the built library without a GPU, on every target of it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,64 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
-LIBRARY = ROOT / "kvkeye" / "libkvkeye_cuda.so"
+from tests.native import cuda_resources as resources
+from tests.native.cuda_resources import LIBRARY, MATRIX_KERNELS, TARGETS, Target
+
+README = resources.harness.CUDA / "README.md"
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="no libkvkeye_cuda.so (no CUDA compiler)")
+needs_tool = pytest.mark.skipif(
+    resources.tool("cuobjdump") is None or shutil.which("c++filt") is None or resources.harness.COMPILER is None,
+    reason="no cuobjdump (of a CUDA toolkit or of Triton), no c++filt or no g++",
+)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler (nvcc)")
-@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_kernels_keep_to_registers(source: Path, target: str, tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc' / 'include'}"]
-    result = subprocess.run(
-        [*command, str(source), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    usage = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stdout + result.stderr
-    )
-    assert usage, "ptxas reported no kernel"
-    assert set(usage) == {("0", "0", "0")}
+@pytest.fixture(scope="session")
+def launches(cuda_builds: Path, asan: Path) -> dict[str, resources.Launch]:
+    return resources.launches(asan)
+
+
+@needs_library
+@needs_tool
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_kernels_keep_to_registers_and_shared_memory(target: Target, launches: dict[str, resources.Launch]) -> None:
+    """No stack, no spills, no local memory; a launch that the target takes."""
+    found = {kernel: usage for (name, kernel), usage in resources.usages().items() if name == target.name}
+    assert set(found) == set(launches), "every kernel of the library is launched, and every launch has a kernel"
+    for kernel, usage in found.items():
+        assert (usage.stack, usage.local) == (0, 0), f"{kernel}: {usage}"
+        assert launches[kernel].shared <= target.shared_per_block, kernel
+        assert resources.blocks_per_multiprocessor(target, usage, launches[kernel]) >= 1, kernel
+
+
+@needs_library
+@needs_tool
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_matrix_kernels_use_tensor_cores(target: Target) -> None:
+    """Their products are tensor-core instructions, fed by asynchronous copies and matrix loads."""
+    found = resources.instructions(target.name)
+    matrix = {kernel: opcodes for kernel, opcodes in found.items() if kernel.startswith(MATRIX_KERNELS)}
+    assert len(matrix) == 8
+    for kernel, opcodes in found.items():
+        assert not [o for o in opcodes if o.startswith(("LDL", "STL"))], f"{kernel} uses local memory"
+    for kernel, opcodes in matrix.items():
+        dim = int(re.findall(r"\d+", kernel.partition(",")[2])[0])
+        steps = -(-dim // 16)
+        products = [o for o in opcodes if o.startswith(("HMMA", "HGMMA", "UTCHMMA"))]
+        assert len(products) >= 4 * steps, f"{kernel}: two products of each step in scores and in outputs"
+        assert any(o.startswith("LDGSTS") for o in opcodes) and any(o.startswith("LDSM") for o in opcodes), kernel
+
+
+@needs_library
+@needs_tool
+def test_the_table_of_resources_is_true(asan: Path) -> None:
+    """For the compiler that it names; another one gives other numbers (`python -m tests.native.cuda_resources`)."""
+    text = README.read_text()
+    named = re.search(r"compiler (\S+)\.", text)
+    assert named is not None
+    if resources.compiler() != named[1]:
+        pytest.skip(f"the table is of compiler {named[1]}, here is {resources.compiler()}")
+    assert resources.table(asan) in text
 
 
 @pytest.mark.skipif(

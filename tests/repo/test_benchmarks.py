@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvkeye import ops
 
@@ -61,3 +62,26 @@ def test_the_speculation_benchmark_compares_equal_answers(tmp_path):
     )
     assert "128 of 128 tokens equal" in output
     assert len(rows.read_text().splitlines()) == 3
+
+
+def test_the_gpu_benchmark_says_where_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--json", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 3 and "no GPU is visible to torch" in done.stderr and done.stdout == ""
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
+def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
+    """Its checks, rehearsed on the CPU: a row that passed is not run again, one that failed is."""
+    rows = tmp_path / "rows.jsonl"
+    options = ("--rehearse", "--steps", "conformance", "--json", str(rows))
+    assert " pass" in run("gpu.py", *options)
+    lines = rows.read_text().splitlines()
+    first = json.loads(lines[0])
+    rows.write_text("\n".join([*lines[1:], json.dumps(first | {"status": "fail: planted"})]) + "\n")
+    assert "fail" not in run("gpu.py", *options)
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(written) == len(lines) + 1 and written[-1] == first and first["status"] == "pass"

@@ -1,0 +1,135 @@
+"""What benchmarks/gpu.py checks before it times: values, bits that do not depend on the batch, replayed graphs.
+
+A check returns "pass" or "refuse: why" and raises AssertionError with a sentence on what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvkeye import ops
+from kvkeye.testing.case import Case, Sample, good
+from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, widen
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Ops of a decode step that a graph captures.
+CAPTURED = ("append_kv", "copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample", "rms_norm", "silu_mul")
+
+Check = Callable[[], str]
+
+
+def outputs_of(op: ops.Op, arguments: tuple[Any, ...], implementation: str) -> tuple[Any, ...]:
+    """Results, then the arguments that the call changed."""
+    with ops.use_backends(implementation):
+        found = op(*arguments)
+    changed = [arguments[op.parameters.index(name)] for name in op.mutates]
+    return (*(as_tuple(found) if found is not None else ()), *changed)
+
+
+def agrees(op: ops.Op, case: Case, implementation: str) -> str:
+    """The row against the reference in float64, and against itself."""
+    refusals = list(op.implementations[implementation].reasons(_tensors(case.args), case.args))
+    if refusals:
+        return f"refuse: {'; '.join(refusals)}"
+    truth_arguments = case.args if op.name == "sample" else widen(case.args)
+    truth = outputs_of(op, copied(truth_arguments), "eager")
+    naive = outputs_of(op, copied(case.args), "eager")
+    first = outputs_of(op, copied(case.args), implementation)
+    again = outputs_of(op, copied(case.args), implementation)
+    for out, repeated, yard, exact in zip(first, again, naive, truth, strict=True):
+        assert_close(out, yard, exact, f"{op.name} {case.id}")
+        assert _same(out, repeated), f"{op.name} {case.id}: a second run gave other bits"
+    return "pass"
+
+
+def replays(op: ops.Op, case: Case, implementation: str) -> str:
+    """A captured graph gives the bits of the plain call, each of three times, on changed inputs too."""
+    if (found := agrees(op, case, implementation)) != "pass":
+        return found
+    arguments = copied(case.args)
+    outputs_of(op, copied(case.args), implementation)  # what is made once is made before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_of(op, arguments, implementation)
+    for factor in (1.0, 0.5, 1.0):
+        inputs = mapped(lambda t, f=factor: t * f if t.is_floating_point() and t.dim() > 1 else t.clone(), case.args)
+        for target, source in zip(_tensors(arguments), _tensors(inputs), strict=True):
+            target.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        for out, plain in zip(captured, outputs_of(op, inputs, implementation), strict=True):
+            assert _same(out, plain), f"{op.name} {case.id}: the replayed graph gave other bits than the plain call"
+    return "pass"
+
+
+def rows_keep_their_bits(implementation: str, device: str) -> str:
+    """A decoded row, a chain of 8 and a chunk of 64 rows of one sequence: one row's bits, torch.equal."""
+    sample = Sample(torch.bfloat16, device)
+    length, fresh, block = 4000, 64, 32
+    blocks = -(-length // block)
+    k, v = sample(blocks, 8, block, 128), sample(blocks, 8, block, 128)
+    table = sample.permutation(blocks).int()[None].contiguous()
+    q = sample(fresh, 32, 128)
+
+    def last(rows: int, drop: int) -> tuple[Any, ...]:
+        stop = fresh - drop
+        bounds = sample.tensor([0, rows], torch.int32)
+        context = sample.tensor([length - drop], torch.int32)
+        return outputs_of(
+            ops.OPS["paged_attention"],
+            (q[stop - rows : stop], k, v, table, bounds, context, None, 128**-0.5),
+            implementation,
+        )
+
+    whole = last(fresh, 0)
+    for rows, drop in ((1, 0), (1, 63), (8, 0), (8, 20), (20, 3)):
+        for out, full in zip(last(rows, drop), whole, strict=True):
+            assert _same(out, full[fresh - drop - rows : fresh - drop]), (
+                f"{rows} rows, {drop} before the last: other bits"
+            )
+    return "pass"
+
+
+def conformance(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:
+    """(key, check) of every row of the case table."""
+    for op in ops.OPS.values():
+        for implementation in implementations:
+            if implementation not in op.implementations:
+                continue
+            for name, dtype in DTYPES.items():
+                if dtype in op.implementations[implementation].dtypes:
+                    for case in good(op.name, Sample(dtype, device)):
+                        key = f"conformance/{op.name}/{implementation}/{name}/{case.id}"
+                        yield key, lambda o=op, c=case, i=implementation: agrees(o, c, i)
+
+
+def graphs(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:
+    for name in CAPTURED:
+        op = ops.OPS[name]
+        for implementation in implementations:
+            if implementation in op.implementations:
+                for case in good(name, Sample(torch.bfloat16, device))[:6]:
+                    yield (
+                        f"graph/{name}/{implementation}/{case.id}",
+                        lambda o=op, c=case, i=implementation: replays(o, c, i),
+                    )
+
+
+def bits(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:
+    for implementation in implementations:
+        if implementation in ops.OPS["paged_attention"].implementations:
+            yield f"bits/paged_attention/{implementation}", lambda i=implementation: rows_keep_their_bits(i, device)
+
+
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    flat = [item for a in arguments for item in (a if isinstance(a, list) else (a,))]
+    return [item for item in flat if isinstance(item, Tensor)]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
