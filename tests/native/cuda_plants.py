@@ -77,4 +77,11 @@ KV_CACHE = [
         "block_pairs",
     ),
 ]
-ALL = [*ATTENTION, *SAMPLING, *ROPE, *VISION, *KV_CACHE]
+VIDEO_FUSION = [
+    Plant("video_fusion.cu", "load<T, N>(p.outputs + at)", "load<T, N>(p.outputs + at + 1)", "outputs"),
+    Plant("video_fusion.cu", "p.latent + at", "p.latent + at + 1", "latent"),
+    Plant("video_fusion.cu", "tile < (int)p.tiles", "tile <= (int)p.tiles", "starts"),
+    Plant("video_fusion.cu", "p.weights[tile * p.length + place]", "p.weights[tile * p.length + place + 1]", "weights"),
+]
+
+ALL = [*ATTENTION, *SAMPLING, *ROPE, *VISION, *KV_CACHE, *VIDEO_FUSION]

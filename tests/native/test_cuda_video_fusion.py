@@ -13,10 +13,10 @@ from kvkeye.testing.case import Sample
 from kvkeye.testing.cases.video_fusion import TILINGS, plan
 from kvkeye.testing.compare import assert_close
 from tests.native import cuda_harness as harness
-from tests.native.cuda_harness import Call
+from tests.native import cuda_plants as plants
+from tests.native.cuda_harness import Call, Plant
 
-SOURCE = harness.ROOT / "csrc" / "cuda" / "video_fusion.cu"
-CALLS = harness.CALLS / "video_fusion_calls.cpp"
+SOURCE = harness.CUDA / "video_fusion.cu"
 #: More tiles than threads, planes of whole vectors, more vectors than threads.
 WIDE = (
     ("many_tiles", 1, tuple(range(300)), (1, 2, 300, 1, 8)),
@@ -53,11 +53,6 @@ def declared(call: Call, dtype: torch.dtype) -> Tensor:
     return ops.blend_tiles.reference(*tiles, call.numbers["frames"], guidance)
 
 
-@pytest.fixture(scope="session", params=["asan", "races"])
-def program(request: pytest.FixtureRequest, cuda_builds: Path) -> Path:
-    return harness.build(request.param, cuda_builds)
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_equals_the_declaration(program: Path, seed: int, tmp_path: Path) -> None:
     tilings = [t for t in (*TILINGS, *WIDE) if t[2]]
@@ -77,45 +72,20 @@ def test_tile_order_changes_no_bit(program: Path, tmp_path: Path) -> None:
     assert torch.equal(first["out"], second["out"])
 
 
-def test_two_tiles_with_one_start_race(cuda_builds: Path, tmp_path: Path) -> None:
+def test_two_tiles_with_one_start_race(races: Path, tmp_path: Path) -> None:
     """The contract asks for different starts; the race checker sees why."""
     call = call_of(TILINGS[0], 1, torch.float32, state=True)
     call.buffers["starts"].fill_(2)
-    result = harness.execute(harness.build("races", cuda_builds), 1, [call], tmp_path / "call")
+    result = harness.execute(races, 1, [call], tmp_path / "call")
     assert result.returncode == harness.FAULT and "data race in shared memory" in result.stderr
 
 
-def mutant(old: str, new: str, occurrence: int, folder: Path) -> Path:
-    parts = SOURCE.read_text().split(old)
-    folder.mkdir(exist_ok=True)
-    path = folder / SOURCE.name
-    path.write_text(old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :]))
-    return path
+@pytest.mark.parametrize("wait", harness.waits(SOURCE))
+def test_every_wait_is_needed(wait: str, races: Path, tmp_path: Path) -> None:
+    harness.check_wait(races, [call_of(TILINGS[0], 1, torch.float32, state=True)], tmp_path, wait)
 
 
-def outcome(flavour: str, source: Path, call: Call, cuda_builds: Path, tmp_path: Path) -> str:
-    result = harness.execute(harness.build(flavour, cuda_builds, [source, CALLS]), 1, [call], tmp_path / "call")
-    assert result.returncode != 0, "the fault went unseen"
-    return result.stderr
-
-
-@pytest.mark.parametrize("barrier", range(SOURCE.read_text().count("__syncthreads();")))
-def test_every_barrier_is_needed(barrier: int, cuda_builds: Path, tmp_path: Path) -> None:
-    source = mutant("__syncthreads();", "", barrier, tmp_path / "mutant")
-    call = call_of(TILINGS[0], 1, torch.float32, state=True)
-    assert "data race in shared memory" in outcome("races", source, call, cuda_builds, tmp_path)
-
-
-OVERRUNS = {
-    "outputs": ("load<T, N>(p.outputs + at)", "load<T, N>(p.outputs + at + 1)"),
-    "latent": ("load<float, N>(p.latent + at)", "load<float, N>(p.latent + at + 1)"),
-    "starts": ("tile < (int)p.tiles", "tile <= (int)p.tiles"),
-    "weights": ("p.weights[tile * p.length + place]", "p.weights[tile * p.length + place + 1]"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("overrun", OVERRUNS)
-def test_planted_overruns_are_caught(overrun: str, cuda_builds: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plant", plants.VIDEO_FUSION, ids=lambda plant: plant.name)
+def test_planted_overruns_are_caught(plant: Plant, asan: Path, tmp_path: Path) -> None:
     call = call_of(TILINGS[4], 1, torch.float32, state=True)  # one tile, whose last frame is the last of all buffers
-    source = mutant(*OVERRUNS[overrun], 0, tmp_path / "mutant")
-    assert "AddressSanitizer: heap-buffer-overflow" in outcome("asan", source, call, cuda_builds, tmp_path)
+    harness.check_plant(asan, [call], tmp_path, plant)

@@ -4,6 +4,7 @@
 #include "kvkeye/kv_cache.h"
 #include "kvkeye/rope_cuda.h"
 #include "kvkeye/sampling_cuda.h"
+#include "kvkeye/video_fusion_cuda.h"
 #include "kvkeye/vision_pack_cuda.h"
 
 using namespace kvkeye;
@@ -42,6 +43,14 @@ template <class T> void print_typed() {
   PackCudaParams<T> pack{};
   pack.tiles = 1;
   cuda::pack_patches(pack, nullptr);
+  for (const int64_t branches : {1, 2})
+    for (const int64_t plane : {1, 8}) { // elements one by one, and in vectors
+      FuseTilesCudaParams<T> fuse{};
+      fuse.branches = branches;
+      fuse.channels = fuse.frames = fuse.length = 1;
+      fuse.plane = plane;
+      cuda::fuse_tiles(fuse, nullptr);
+    }
 }
 
 } // namespace
