@@ -71,10 +71,9 @@ def _output(*command: str) -> str:
 
 def short(name: str) -> str:
     """A kernel without its namespaces and parameters: "sample_kernel<float>"."""
-    name = re.sub(r"\(anonymous namespace\)::|\{anonymous\}::|kvkeye::(cuda::)?|^void ", "", name)
-    return re.sub(r"\((int|bool)\)", "", name.partition("(kvkeye")[0]).partition(">(")[0].rstrip(">") + (
-        ">" if "<" in name else ""
-    )
+    name = re.sub(r"\(anonymous namespace\)::|\{anonymous\}::|kvkeye::(cuda::)?|^void |\((int|bool)\)", "", name)
+    name = name.replace("short unsigned int", "unsigned short")  # g++ and the demangler differ
+    return name.partition("(")[0]
 
 
 def demangled(names: list[str]) -> dict[str, str]:

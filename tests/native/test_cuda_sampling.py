@@ -87,17 +87,6 @@ def test_a_wide_nucleus(seed: int, asan: Path, tmp_path: Path) -> None:
         assert torch.equal(outputs["tokens"], drawn_by_cpu(arguments)), name
 
 
-def test_draws_have_their_distribution(asan: Path, tmp_path: Path) -> None:
-    """512 draws from one row of twelve tokens: chi-square with 11 degrees of freedom, 0.1 % point 31.3."""
-    logits = Sample(torch.float32, seed=5)(1, 12).expand(512, 12).contiguous()
-    arguments = list(_call(Sample(torch.float32, seed=6), logits))
-    arguments[13] = torch.arange(512)
-    [found] = harness.run(asan, 1, [call_of(tuple(arguments))], tmp_path / "call")
-    expected = 512 * torch.softmax(logits[0].double(), 0)
-    counts = torch.bincount(found["tokens"], minlength=12)
-    assert float(((counts - expected) ** 2 / expected).sum()) < 31.3
-
-
 def small_history() -> tuple[Any, ...]:
     return wide(3, torch.float32, scale=0.3, top_k=600, top_p=0.9, repetition=1.2, presence=0.1)
 
