@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 128, kEach = 8; // values of a lane
 constexpr int kHeads = 16;
+constexpr int kBlocksPerSm = 8; // 64 registers a thread: none spills on any target
 
 template <int Dim> struct Angles {
   float cos[Dim / 2], sin[Dim / 2];
@@ -110,7 +111,7 @@ template <int Dim> __device__ void turn(float (&x)[kEach], const Angles<Dim>& an
 
 // Grid: tokens, kHeads heads each.
 template <class T, int Dim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     qk_norm_mrope_append_kernel(const __grid_constant__ QkNormMropeAppendCudaParams<T> p) {
   constexpr int kLanes = Dim / kEach; // of a head
   constexpr int kAtOnce = kThreads / kLanes;
