@@ -39,10 +39,12 @@ def test_facts_of_this_machine(doctor):
 
 
 def test_what_a_gpu_would_run_is_listed(doctor):
-    chosen = doctor()[2]["GPU ops"]["value"]
-    listed = {op for part in chosen.removeprefix("on a GPU ").split("; ") for op in part.partition(": ")[2].split(", ")}
-    assert listed == set(SERVING_OPS) and "eager" not in chosen
-    assert "cuda: copy_blocks, paged_attention, qk_norm_mrope_append, sample" in chosen
+    chosen = doctor()[2]["GPU ops"]["value"].removeprefix("on a GPU ")
+    listed = {name: set(found.split(", ")) for name, _, found in (part.partition(": ") for part in chosen.split("; "))}
+    assert set().union(*listed.values()) == set(SERVING_OPS)
+    assert {"copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample"} <= listed["cuda"]
+    kernels = {op for op in SERVING_OPS if {"cuda", "triton"} & set(ops.OPS[op].implementations)}
+    assert listed.get("eager", set()) == set(SERVING_OPS) - kernels
 
 
 def test_an_op_that_falls_to_its_reference_on_a_gpu_is_a_warning(doctor, monkeypatch):
