@@ -41,7 +41,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_state(path: Path, state: SamplingState, **facts: Any) -> None:
     """Writes a sampling state."""
-    tensors = {f"returned/{i}": part for i, part in enumerate(state.returned)} | {"clean": state.clean}
+    tensors = {f"returned/{i}": part for i, part in enumerate(state.returned)} | {
+        "clean": state.clean.clone()
+    }  # safetensors wants memory of its own
     if state.generator is not None:
         tensors["generator"] = state.generator
     plain: dict[str, Any] = {}
