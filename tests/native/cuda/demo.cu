@@ -1,7 +1,7 @@
 // Small kernels, right and wrong, that show what the harness catches. WITHOUT_BARRIER, WITHOUT_SYNCWARP: the
 // same with one of the two removed.
 #include "case.h"
-#include "device.h"
+#include "ptx.h"
 
 using namespace kvkeye::cuda;
 
@@ -118,6 +118,79 @@ __global__ void same_word_kernel(const int*, int* out) {
   out[0] = 1;
 }
 
+// Each thread brings four words of the line by an asynchronous copy and hands them to another one.
+struct Lines {
+  uint4 words[kThreads];
+};
+enum class Lacks { nothing, commit, wait, barrier };
+
+template <Lacks Lack> __global__ void copy_kernel(const int* in, int* out) {
+  Lines& lines = shared_memory<Lines>();
+  const int i = (int)threadIdx.x;
+  copy_async(&lines.words[i], in + 4 * i, i % 2 == 0); // zeros where there is nothing to copy
+  if (Lack != Lacks::commit)
+    commit_copies();
+  if (Lack != Lacks::wait)
+    wait_copies<0>();
+  if (Lack != Lacks::barrier)
+    __syncthreads();
+  *reinterpret_cast<uint4*>(out + 4 * i) = lines.words[kThreads - 1 - i];
+}
+
+// out[1] = the sum of what all blocks wrote, by the block that arrives last; out[0] counts and is zero again.
+enum class Fence { both, none_before, none_after };
+
+template <Fence Fences> __global__ void fold_kernel(const int* in, int* out) {
+  const int block = (int)blockIdx.x, blocks = (int)gridDim.x;
+  if (threadIdx.x == 0) {
+    out[2 + block] = in[block];
+    if (Fences != Fence::none_before)
+      __threadfence();
+    const bool last = atomicAdd(&out[0], 1) == blocks - 1;
+    if (Fences != Fence::none_after)
+      __threadfence();
+    if (last) {
+      int sum = 0;
+      for (int i = 0; i < blocks; ++i)
+        sum += out[2 + i];
+      out[1] = sum;
+      atomicExch(&out[0], 0);
+    }
+  }
+}
+
+// out [16, 8] = a times the transpose of b, then [16, 16] = a times v, whose columns a transposed load
+// brings.
+struct Operands {
+  uint4 a[16][2], b[8][2], v[16][2];
+};
+
+__global__ void product_kernel(const int* in, int* out) {
+  Operands& shared = shared_memory<Operands>();
+  const int lane = (int)threadIdx.x;
+  const uint4* words = reinterpret_cast<const uint4*>(in);
+  shared.a[lane / 2][lane % 2] = words[lane];
+  shared.v[lane / 2][lane % 2] = words[48 + lane];
+  if (lane < 16)
+    shared.b[lane / 2][lane % 2] = words[32 + lane];
+  __syncwarp();
+  uint32_t a[4], b[4], v[4];
+  load_matrices(a, &shared.a[lane % 16][lane / 16]);
+  load_matrices(b, &shared.b[lane % 8][lane / 8 % 2]);
+  load_matrices_transposed(v, &shared.v[lane % 16][lane / 16]);
+  float keys[4] = {}, values[2][4] = {};
+  multiply_add(keys, a, b[0], b[1]);
+  multiply_add(values[0], a, v[0], v[1]);
+  multiply_add(values[1], a, v[2], v[3]);
+  float* found = reinterpret_cast<float*>(out);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    found[8 * row + column] = keys[i];
+    found[128 + 16 * row + column] = values[0][i];
+    found[128 + 16 * row + 8 + column] = values[1][i];
+  }
+}
+
 // What an order can be seen by: the ticket of each thread.
 __global__ void order_kernel(const int*, int* out) {
   const int i = (int)(blockIdx.x * kThreads + threadIdx.x);
@@ -148,5 +221,14 @@ DEMO(silent_lane)
 DEMO(trap)
 DEMO(same_word)
 DEMO(order)
+DEMO(product)
+#define DEMO_OF(name, kernel) const kvkeye::host_cuda::Register name##_demo(#name, &start<kernel>);
+DEMO_OF(copy, copy_kernel<Lacks::nothing>)
+DEMO_OF(copy_no_commit, copy_kernel<Lacks::commit>)
+DEMO_OF(copy_no_wait, copy_kernel<Lacks::wait>)
+DEMO_OF(copy_no_barrier, copy_kernel<Lacks::barrier>)
+DEMO_OF(fold, fold_kernel<Fence::both>)
+DEMO_OF(fold_no_fence_before, fold_kernel<Fence::none_before>)
+DEMO_OF(fold_no_fence_after, fold_kernel<Fence::none_after>)
 
 } // namespace
