@@ -45,12 +45,12 @@ class Side(Protocol):
 class Kvkeye:
     """Our engine, driven step by step."""
 
-    group, setting = "kvkeye", "bfloat16"
-
-    def __init__(self, folder: Path, max_model_len: int, max_num_seqs: int) -> None:
+    def __init__(self, folder: Path, max_model_len: int, max_num_seqs: int, quantization: str | None = None) -> None:
+        self.group, self.setting = "kvkeye", quantization or "bfloat16"
         config = EngineConfig(
             str(folder),
             dtype="bfloat16",
+            quantization=quantization,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs * max_model_len,

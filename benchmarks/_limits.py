@@ -108,12 +108,12 @@ def _rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, name: st
 
 def _read_rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, size: int) -> float:
     part = max(256, size // threads // 256 * 256)
-    memory = mmap.mmap(-1, part * threads + 2 * MIB)
+    memory = mmap.mmap(-1, part * threads + 4 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # large pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(memory, dtype=torch.uint8)
     data.fill_(1)
-    start = -(-data.data_ptr() // 64) * 64
+    start = -(-data.data_ptr() // (2 * MIB)) * 2 * MIB
 
     def work() -> float:
         list(pool.map(lambda i: library.read_bytes(start + i * part, part), range(threads)))
