@@ -32,6 +32,13 @@ class Geometry:
             del found["model.embed_tokens.weight"]
         return 2 * sum(prod(place.shape) for place in found.values())
 
+    def prompt_flops(self, length: int) -> float:
+        """Of a prompt: every layer for all tokens, the output matrix for the last, the causal half of attention."""
+        text = self.text
+        head = text.vocab_size * text.hidden_size
+        attention = 2 * length**2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+        return 2.0 * ((self.weight_bytes() // 2 - head) * length + head) + attention
+
     def kv_bytes(self, batch: int, context: int) -> int:
         text = self.text
         return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * batch * context

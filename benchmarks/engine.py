@@ -117,11 +117,8 @@ def measure(name: str, sides: list[Side], geometry: Geometry, given: argparse.Na
     peers = [Peer(side.group, side.setting) for side in sides[1:]]
     length = given.prompt
     if name == "prefill":
-        text = geometry.text
-        attention = 2 * 2 * length**2 / 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
-        flops = geometry.weight_bytes() * length + attention
         title = f"{given.title}: prompt of {length} tokens"
-        row = Row(title, peers, [Bar("transformers", 1.5)], flops=flops)
+        row = Row(title, peers, [Bar("transformers", 1.5)], flops=geometry.prompt_flops(length))
         return Result(row, prefill(sides, geometry, length, given.seconds))
     batch = int(name.split("_")[1])
     times, tokens = decode(sides, random_prompts(geometry, batch, length, batch), given.seconds)

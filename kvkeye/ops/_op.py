@@ -100,6 +100,8 @@ class Op:
     gradients: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     overload: Any = None
+    #: What `select` found, where it follows from the specifications in force and the tensors' places and dtypes.
+    chosen: dict[Any, tuple[str, Callable[..., Any]]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
@@ -125,6 +127,7 @@ class Op:
             refuses = refuses or functools.partial(_launcher_reasons, target or "")
         else:
             default = (torch.float32, torch.bfloat16)
+        self.chosen.clear()
         self.implementations[name] = Implementation(
             self.name, name, tuple(dtypes) if dtypes else default, refuses, target
         )
@@ -140,6 +143,9 @@ class Op:
     def select(self, *args: Any) -> tuple[str, Callable[..., Any]]:
         """Name and function of the implementation that this call runs."""
         tensors = _tensors(args)
+        key = _policy.specifications(), *((t.is_cpu, t.dtype) for t in tensors)
+        if (known := self.chosen.get(key)) is not None:
+            return known
         order = _policy.order(self.family, self.name, tensors[0].device.type if tensors else "cpu")
         for name in order.names:
             implementation = self.implementations.get(name)
@@ -150,6 +156,8 @@ class Op:
             else:
                 continue
             _policy.note(self.name, name, tensors)
+            if name == "cpp" == order.names[0] and implementation is not None and implementation.refuses is None:
+                self.chosen[key] = name, call
             return name, call
         raise UnsupportedError(f"no implementation accepts this call\n{self.explain(*args)}")
 
@@ -268,8 +276,13 @@ def declare(function: Callable[..., Any], schema: str, mutates: tuple[str, ...],
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
     """The tensors among the arguments, those in lists too."""
-    flat = [item for a in args for item in (a if isinstance(a, (list, tuple)) else (a,))]
-    return [item for item in flat if isinstance(item, Tensor)]
+    found: list[Tensor] = []
+    for argument in args:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += [item for item in argument if isinstance(item, Tensor)]
+    return found
 
 
 def _owned(result: Any) -> Any:

@@ -72,9 +72,14 @@ def _lookup(specification: str, family: str, name: str) -> tuple[str, ...] | Non
     return None
 
 
+def specifications() -> tuple[str, str]:
+    """Those of `use_backends` and of the environment; empty where nothing is asked for."""
+    return _forced.get(), BACKENDS.get()
+
+
 def order(family: str, name: str, device: str) -> Order:
     """The order in force for one op, and where it comes from."""
-    for specification, source in ((_forced.get(), "use_backends"), (BACKENDS.get(), BACKENDS.name)):
+    for specification, source in zip(specifications(), ("use_backends", BACKENDS.name)):
         if specification and (names := _lookup(specification, family, name)) is not None:
             return Order(names, source)
     return Order(_DEFAULT.get(device, ("eager",)), "default")
