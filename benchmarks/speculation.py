@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,8 @@ def main() -> None:
     if given.quick:
         given.seconds = 0.1
     torch.set_num_threads(given.threads)
-    about = machine() | {"quick": given.quick}
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    about = machine() | {"packages": packages, "quick": given.quick}
     limits = measure_limits(1 << 24)
     print(about)
     for result, counts in results(given):

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvkeye.errors import ConfigError
 
-SPECULATION_METHODS = ("ngram", "suffix")
+SPECULATION_METHODS = ("ngram", "suffix", "draft_model")
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8",)
 
@@ -18,7 +18,9 @@ QUANTIZATIONS = ("int8",)
 class SpeculationConfig:
     """How tokens are proposed. What is proposed never changes an answer. Names are vLLM's where vLLM has one.
 
-    method                  "ngram": what stood in the request after the same tokens; "suffix": in recent answers too
+    method                  "ngram": what stood in the request after the same tokens; "suffix": in recent answers too;
+                            "draft_model": what a small model says, which does not look at media
+    model                   folder of the small model; it must have the same tokenizer
     num_speculative_tokens  proposals per answer and step at most
     prompt_lookup_min       tokens that must match
     prompt_lookup_max       tokens that are looked up; longer matches are preferred
@@ -28,6 +30,7 @@ class SpeculationConfig:
     """
 
     method: str = "suffix"
+    model: str | None = None
     num_speculative_tokens: int = 16
     prompt_lookup_min: int = 1
     prompt_lookup_max: int = 5
@@ -39,6 +42,11 @@ class SpeculationConfig:
         if self.method not in SPECULATION_METHODS:
             raise ConfigError(
                 f"SpeculationConfig.method: got {self.method!r}; expected one of {', '.join(SPECULATION_METHODS)}."
+            )
+        if (self.method == "draft_model") != (self.model is not None):
+            raise ConfigError(
+                f"SpeculationConfig.model: got {self.model!r} with method {self.method!r}; expected a checkpoint's "
+                'folder with "draft_model", and None with the others.'
             )
         for name, low, high in (
             ("num_speculative_tokens", 1, 63), ("prompt_lookup_min", 1, 32), ("prompt_lookup_max", 1, 32),

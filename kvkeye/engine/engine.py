@@ -127,6 +127,7 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads a checkpoint. ConfigError, WeightError or CapacityError before memory is taken."""
+        from kvkeye.engine.draft_model import load_drafter
         from kvkeye.layers import pack_weights, quantize_weights
         from kvkeye.models.keye.parsing import OutputParser
         from kvkeye.models.keye.processor import KeyeProcessor
@@ -147,7 +148,7 @@ class Engine:
             quantize_weights(model.language)
         pack_weights(model)
         logger.info("%s: %s on %s", config.model, dtype, device)
-        engine = cls(config, model, processor, OutputParser)
+        engine = cls(config, model, processor, OutputParser, load_drafter(config, model))
         processor.max_tokens = engine.max_model_len  # refused before media are decoded, not after
         if dtype == torch.bfloat16:
             processor.pixel_dtype = dtype

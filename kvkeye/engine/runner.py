@@ -61,12 +61,17 @@ class Runner:
                 return StepResult({}, {})
             logits = self.model.logits(hidden[batch.logit_rows])  # [R, V]
             result = StepResult({}, {})
+            verify = batch.verify
+            # Without proposals and forks every row of the logits is drawn from once, in order: no copy is needed.
+            is_plain = verify is None and len(batch.sample.rows) == len(logits)
+            drawn_from = logits if is_plain else logits[batch.sample.rows]
             if self.logits_hook is not None:
-                self.logits_hook(_logit_names(batch), logits[batch.sample.rows])
+                self.logits_hook(_logit_names(batch), drawn_from)
             if len(batch.sample.num_logprobs):
-                _collect(batch, *_draw(logits[batch.sample.rows], batch.sample), result)
-            if batch.verify is not None:
-                self._verify(logits[batch.verify.rows], batch.verify, result)
+                _collect(batch, *_draw(drawn_from, batch.sample), result)
+            if verify is not None:
+                whole = len(verify.rows) == len(logits)
+                self._verify(logits if whole else logits[verify.rows], verify, result)
             return result
 
     def _verify(self, logits: Tensor, verify: VerifyBatch, result: StepResult) -> None:

@@ -11,13 +11,15 @@ import functools
 import pytest
 import torch
 
-from kvkeye.engine import SamplingParams, SpeculationConfig
+from kvkeye.engine import LLM, SamplingParams, SpeculationConfig
 from kvkeye.engine.draft import Draft, branch_length, branch_masks
+from kvkeye.engine.draft_model import DraftModel
 from kvkeye.errors import ConfigError
+from kvkeye.testing.tiny import tiny_keye_model, write_tiny_checkpoint
 from tests.engine.logits import check_lossless, plain_answers, preempt_often, script_of
 from tests.engine.scripted import ScriptedDrafter
 from tests.engine.test_bits import MANY, PROMPTS
-from tests.engine.tiny import EOS, engine, greedy, picture, prompt, run
+from tests.engine.tiny import EOS, engine, greedy, model, picture, prompt, run
 
 EVERYTHING = {"num_speculative_tokens": 63, "adaptive": False}
 
@@ -113,6 +115,49 @@ def test_salts_share_no_answers():
         return output.metrics.speculation.num_accepted_tokens
 
     assert second("a") > second("b")
+
+
+# A small model
+
+
+def drafted_by(other, **config):
+    """Served with a draft model of few blocks: the target's weights, or some that know nothing of them."""
+    drafter = DraftModel(tiny_keye_model(seed=9) if other else model(), 60, 16, "cpp")
+    return served_by(drafter=drafter, speculation=EVERYTHING | {"num_speculative_tokens": 5}, **config)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_draft_model(other):
+    served = drafted_by(other)
+    counts = check_lossless(served, PROMPTS, truth(), rounds=2)
+    assert (counts.num_accepted_tokens > 20) != other
+    served.add("text", PROMPTS["long"](), greedy(31))
+    metrics = run(served)["text"].metrics.speculation
+    assert (metrics.acceptance_by_position == [1.0] * 5) != other  # text alone: it says what the target says
+    assert served.speculation.drafter.pool.num_used == 0
+
+
+def test_a_draft_model_follows_preemption_and_chunks():
+    served = drafted_by(False, max_prefill_chunk=19)
+    check_lossless(served, PROMPTS, truth(), interrupt=preempt_often)
+    assert served.speculation.drafter.pool.num_used == 0
+
+
+def test_a_draft_model_from_its_folder(tmp_path):
+    folder, other = (write_tiny_checkpoint(tmp_path / name) for name in ("target", "draft"))
+    config = {"model": str(folder), "max_model_len": 256, "num_blocks": 16}
+    wanted = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 3, "adaptive": False}
+
+    def answer(**given):
+        with LLM(**config, **given) as llm:
+            return llm.generate("some text", SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))[0]
+
+    plain, found = answer(speculation=None), answer(speculation=wanted)
+    assert found.outputs == plain.outputs
+    assert found.metrics.speculation.num_accepted_tokens > 10
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*draft is not that of"):
+        answer(speculation=wanted)
 
 
 # Sampling
@@ -255,7 +300,8 @@ def test_where_nothing_is_right_little_is_proposed():
 
 
 REFUSED = [
-    ({"method": "magic"}, "SpeculationConfig.method: got 'magic'; expected one of ngram, suffix"),
+    ({"method": "magic"}, "SpeculationConfig.method: got 'magic'; expected one of ngram, suffix, draft_model"),
+    ({"method": "draft_model"}, "SpeculationConfig.model: got None with method 'draft_model'; expected a checkpoint's"),
     ({"num_speculative_tokens": 64}, "num_speculative_tokens: got 64; expected an integer from 1 to 63"),
     ({"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "prompt_lookup_max: got 3; expected at least"),
     ({"adaptive": 1}, "SpeculationConfig.adaptive: got 1; expected True or False"),
