@@ -26,6 +26,13 @@ def run(script: str, *options: str) -> str:
 
 
 @pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
+def test_linear_layers_agree_with_onednn_at_both_of_its_settings(tmp_path):
+    run("linear.py", "--quick", "--threads", "1", "--rows", "1152x3456", "--json", str(tmp_path / "rows.jsonl"))
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [len(row["peers_ms"]) for row in written] == [2, 2]
+
+
+@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
 def test_every_row_of_the_vision_benchmark_agrees_with_its_peers(tmp_path):
     rows = ["pack_bicubic", "pack_bilinear", "attention_5476", "tower_448"]
     output = run("vision.py", "--quick", "--threads", "1", "--rows", *rows, "--json", str(tmp_path / "rows.jsonl"))
