@@ -53,6 +53,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Bad("levels", (sample(2, 20), packed.float(), scales, None), "require uint8")
     yield Bad("scales", (sample(2, 20), packed, scales[0], None), "expected fp32 [1, O]")
     yield Bad("bias", (sample(2, 20), packed, scales, sample(3)), "bias is (3,)")
+    yield Bad("bias_dtype", (sample(2, 20), packed, scales, sample(4).double()), "bias torch.float64")
     yield Bad("no_inputs", (sample(2, 0), packed, scales, None), "K from 1")
 
 
