@@ -6,29 +6,38 @@
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
-// Groups of kVectors vectors of rows; a group's scores are at work together.
-template <class Work, int kVectors> struct LaneRows {
+// Groups of at most kVectors vectors of rows; a group's scores are at work together. Arrays have room for
+// kGroup rows in each: row r of a group has the slot group * kGroup + r. The state of the split at work is
+// that of all groups (kTogether), or of one group after the other.
+template <class Work, int kVectors, bool kTogether> struct LaneRows {
   static constexpr int kGroup = kVectors * kLanes;
   const Work& work;
-  int64_t dim, width;               // width: dim in whole vectors of 16
-  int groups;                       // of kGroup rows
-  float *out, *folded;              // [groups, width, kGroup]
-  float* scores;                    // [kTile, kGroup]
-  float* result;                    // [kLanes, width]: rows again
-  float *max, *total;               // [groups, kGroup], of the current split
+  int64_t dim, width; // width: dim in whole vectors of 16
+  int groups;
+  int* first;          // [groups + 1]: the first row of each group, which share the vectors evenly
+  float *out, *folded; // [groups or 1, width, kGroup], [groups, width, kGroup]
+  float* scores;       // [kTile, kGroup]
+  float* result;       // [kLanes, width]: rows again
+  float *max, *total;  // [groups or 1, kGroup], of the current split
   float *folded_max, *folded_total; // [groups, kGroup], of the splits before
   View* views;                      // [groups, kGroup]; those behind the last row see nothing
   int64_t *least, *most;            // [groups]: positions that all rows see, and that none sees from there on
 
   LaneRows(const Work& of, int64_t head_dim, Arena& arena)
-      : work(of), dim(head_dim), width(padded_dim(head_dim)), groups((work.count + kGroup - 1) / kGroup) {
-    const int64_t rows = groups * kGroup;
-    out = arena.take(rows * width);
+      : work(of), dim(head_dim), width(padded_dim(head_dim)) {
+    const int vectors = (work.count + kLanes - 1) / kLanes;
+    groups = (vectors + kVectors - 1) / kVectors;
+    first = (int*)arena.take(groups + 1);
+    for (int group = 0; group < groups; ++group)
+      first[group] = vectors * group / groups * kLanes;
+    first[groups] = work.count;
+    const int rows = groups * kGroup, live = kTogether ? rows : kGroup;
+    out = arena.take(live * width);
     folded = arena.take(rows * width);
     scores = arena.take(kTile * kGroup);
     result = arena.take(kLanes * width);
-    max = arena.take(rows);
-    total = arena.take(rows);
+    max = arena.take(live);
+    total = arena.take(live);
     folded_max = arena.take(rows);
     folded_total = arena.take(rows);
     views = (View*)arena.take(rows * (int64_t)(sizeof(View) / sizeof(float)));
@@ -37,33 +46,49 @@ template <class Work, int kVectors> struct LaneRows {
     clear(folded, rows * width, 0.0f);
     clear(folded_max, rows, -INFINITY);
     clear(folded_total, rows, 0.0f);
-    for (int r = 0; r < rows; ++r)
-      view_row(r);
+    for (int group = 0; group < groups; ++group)
+      view_rows(group);
   }
 
-  void view_row(int r) {
-    views[r] = r < work.count ? work.view(r) : View{0, 0};
-    if (r >= work.count)
-      return;
-    const int64_t end = views[r].prefix + (views[r].bits != 0 ? 64 : 0);
-    int64_t &low = least[r / kGroup], &high = most[r / kGroup];
-    low = r % kGroup == 0 || views[r].prefix < low ? views[r].prefix : low;
-    high = r % kGroup == 0 || end > high ? end : high;
+  int rows(int group) const { return first[group + 1] - first[group]; }
+  int vectors(int group) const { return (rows(group) + kLanes - 1) / kLanes; }
+
+  // The row in a slot, or -1.
+  int row_of(int slot) const {
+    const int group = slot / kGroup;
+    return slot % kGroup < rows(group) ? first[group] + slot % kGroup : -1;
   }
 
-  // The place of rows [r, r + kLanes), where dimension d is d * kGroup further on.
-  float* column(float* of, int r) const { return of + r / kGroup * width * kGroup + r % kGroup; }
+  // Where the state of a slot lies.
+  static constexpr int live(int slot) { return kTogether ? slot : slot % kGroup; }
 
+  // Calls body(slot) with the first slot of every vector of a group.
+  template <class Body> void for_slots(int group, const Body& body) const {
+    for (int i = 0; i < rows(group); i += kLanes)
+      body(group * kGroup + i);
+  }
+
+  void view_rows(int group) {
+    for (int i = 0; i < kGroup; ++i)
+      views[group * kGroup + i] = i < rows(group) ? work.view(first[group] + i) : View{0, 0};
+    least[group] = most[group] = 0;
+    for (int i = 0; i < rows(group); ++i) {
+      const View& view = views[group * kGroup + i];
+      const int64_t end = view.prefix + (view.bits != 0 ? 64 : 0);
+      least[group] = i == 0 || view.prefix < least[group] ? view.prefix : least[group];
+      most[group] = end > most[group] ? end : most[group];
+    }
+  }
+
+  // The place of slots [slot, slot + kLanes), where dimension d is d * kGroup further on.
+  float* column(float* of, int slot) const { return of + slot / kGroup * width * kGroup + slot % kGroup; }
+
+  // A split begins, for all groups or for one.
   void begin_split() {
-    clear(out, groups * kGroup * width, 0.0f);
-    clear(max, groups * kGroup, -INFINITY);
-    clear(total, groups * kGroup, 0.0f);
-  }
-
-  // How many vectors of a group hold rows.
-  int vectors(int group) const {
-    const int left = (work.count - group * kGroup + kLanes - 1) / kLanes;
-    return left < kVectors ? left : kVectors;
+    const int rows = kTogether ? groups * kGroup : kGroup;
+    clear(out, rows * width, 0.0f);
+    clear(max, rows, -INFINITY);
+    clear(total, rows, 0.0f);
   }
 
   KVKEYE_APART void hide_unseen(int r, int64_t start, int columns) {
@@ -82,45 +107,62 @@ template <class Work, int kVectors> struct LaneRows {
     }
   }
 
-  // Adds the split to those before it.
-  void fold() {
-    for (int r = 0; r < groups * kGroup; r += kLanes) {
-      Totals before{load(folded_max + r), load(folded_total + r)};
-      const Joint joint = join(before, {load(max + r), load(total + r)});
-      store(folded_max + r, before.max);
-      store(folded_total + r, before.total);
-      float *sums = column(folded, r), *split = column(out, r);
+  // Adds a group's split to those before it.
+  void fold(int group) {
+    for_slots(group, [&](int slot) {
+      Totals before{load(folded_max + slot), load(folded_total + slot)};
+      const Joint joint = join(before, {load(max + live(slot)), load(total + live(slot))});
+      store(folded_max + slot, before.max);
+      store(folded_total + slot, before.total);
+      float *sums = column(folded, slot), *split = column(out, live(slot));
       for (int64_t d = 0; d < dim * kGroup; d += kGroup)
         store(sums + d, fma(load(split + d), joint.add, load(sums + d) * joint.keep));
-    }
-  }
-
-  // Calls write(r, row) with each row of out or folded.
-  template <class Write> void for_rows(float* of, const Write& write) const {
-    for (int r = 0; r < work.count; r += kLanes) {
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        Vf block[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-          block[i] = d + i < dim ? load(column(of, r) + (d + i) * kGroup) : Vf{};
-        transpose(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-          store(result + i * width + d, block[i]);
-      }
-      for (int i = 0; i < kLanes && r + i < work.count; ++i)
-        write(r + i, result + i * width);
-    }
-  }
-
-  void finish() const {
-    for_rows(folded, [&](int r, const float* row) {
-      write_result(work, r, row, dim, folded_max[r], folded_total[r]);
     });
   }
 
-  void store_partial() const {
-    for_rows(out, [&](int r, const float* row) { write_partial(work, r, row, dim, max[r], total[r]); });
+  // Calls write(row, its values) with the rows whose values begin at `values`.
+  template <class Write> void for_rows(int slot, const float* values, const Write& write) const {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = d + i < dim ? load(values + (d + i) * kGroup) : Vf{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        store(result + i * width + d, block[i]);
+    }
+    for (int i = 0; i < kLanes && row_of(slot + i) >= 0; ++i)
+      write(i, row_of(slot + i), result + i * width);
+  }
+
+  void finish(int group) const {
+    for_slots(group, [&](int slot) {
+      for_rows(slot, column(folded, slot), [&](int i, int row, const float* values) {
+        write_result(work, row, values, dim, folded_max[slot + i], folded_total[slot + i]);
+      });
+    });
+  }
+
+  void store_partial(int group) const {
+    for_slots(group, [&](int slot) {
+      for_rows(slot, column(out, live(slot)), [&](int i, int row, const float* values) {
+        write_partial(work, row, values, dim, max[live(slot) + i], total[live(slot) + i]);
+      });
+    });
+  }
+
+  // The split of a group is complete.
+  void close(int group, bool partial) {
+    if (partial)
+      store_partial(group);
+    else
+      fold(group);
+  }
+
+  void finish() const {
+    for (int group = 0; group < groups; ++group)
+      finish(group);
   }
 };
 

@@ -10,51 +10,50 @@ namespace {
 
 constexpr int kFewRows = 8;
 
-// A word of a key: one fp32, or two bf16 of which the lower comes first.
+// A vector of a key: fp32, or pairs of bf16 of which the lower comes first.
 template <class T> constexpr int kPerWord = 4 / (int)sizeof(T);
 
-template <class T> KVKEYE_INLINE Vf load_words(const T* source) {
+template <class T> KVKEYE_INLINE Vf load_raw(const T* source) {
   Vf words;
   std::memcpy(&words, source, sizeof words);
   return words;
 }
 
 // The first `count` elements, and zeros.
-template <class T> KVKEYE_INLINE Vf load_words(const T* source, int64_t count) {
+template <class T> KVKEYE_INLINE Vf load_raw(const T* source, int64_t count) {
   T elements[kPerWord<T> * kLanes] = {};
   for (int64_t i = 0; i < count; ++i)
     elements[i] = source[i];
-  return load_words(elements);
+  return load_raw(elements);
 }
 
-template <class T, int kPart> KVKEYE_INLINE Vf part_of(Vf words) {
-  if (sizeof(T) == 4)
-    return words;
-  return kPart == 0 ? (Vf)((Vu)words << 16) : (Vf)((Vu)words & 0xffff0000u);
+template <int kPart> KVKEYE_INLINE Vf half_of(Vf pairs) {
+  return kPart == 0 ? (Vf)((Vu)pairs << 16) : (Vf)((Vu)pairs & 0xffff0000u);
 }
 
 // total[m][lane] += sum_d q[m, d] words[lane], d: as many dimensions as a vector of words holds.
-template <int M, class T>
+template <class Product, int M, class T>
 KVKEYE_INLINE void add_scores(const float* q, int64_t q_row, Vf (&words)[kLanes], Vf (&total)[M]) {
+  constexpr bool halves = kPerWord<T> == 2 && Product::per_word == 1;
   transpose(words);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i, q += kPerWord<T>) {
-    const Vf first = part_of<T, 0>(words[i]);
+  for (int i = 0; i < kLanes; ++i, q += halves ? 2 : 1) {
+    const Vf first = halves ? half_of<0>(words[i]) : words[i];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
-      total[m] = fma(splat(q[m * q_row]), first, total[m]);
-    if constexpr (kPerWord<T> == 2) {
-      const Vf second = part_of<T, 1>(words[i]);
+      total[m] = Product::multiply(splat(q[m * q_row]), first, total[m]);
+    if constexpr (halves) {
+      const Vf second = half_of<1>(words[i]);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
-        total[m] = fma(splat(q[m * q_row + 1]), second, total[m]);
+        total[m] = Product::multiply(splat(q[m * q_row + 1]), second, total[m]);
     }
   }
 }
 
 // scores[m, j] = sum_d q[m, d] keys[j][d] for M rows and kLanes keys, which are transposed in registers.
 // `next` is read ahead.
-template <int M, class T>
+template <class Product, int M, class T>
 KVKEYE_APART void score_keys(const float* q, int64_t q_row, const T* const* keys, const T* const* next,
                              int64_t dim, float* scores) {
   constexpr int64_t step = kPerWord<T> * kLanes;
@@ -63,15 +62,15 @@ KVKEYE_APART void score_keys(const float* q, int64_t q_row, const T* const* keys
   for (; d + step <= dim; d += step) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      words[i] = load_words(keys[i] + d);
+      words[i] = load_raw(keys[i] + d);
       __builtin_prefetch(next[i] + d, 0, 2);
     }
-    add_scores<M, T>(q + d, q_row, words, total);
+    add_scores<Product, M, T>(q + d / Product::per_word, q_row, words, total);
   }
   if (d < dim) {
     for (int i = 0; i < kLanes; ++i)
-      words[i] = load_words(keys[i] + d, dim - d);
-    add_scores<M, T>(q + d, q_row, words, total);
+      words[i] = load_raw(keys[i] + d, dim - d);
+    add_scores<Product, M, T>(q + d / Product::per_word, q_row, words, total);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -112,9 +111,60 @@ KVKEYE_APART void add_values(const float* weights, const T* const* values, const
       store(out + m * out_row + d + n * kLanes, total[m][n]);
 }
 
-template <int M, class T>
+#if defined(__AVX512BF16__)
+// The same in pairs of keys, for 32 N dimensions of which the last vector has dim - d - 32 (N - 1).
+template <int M, int N>
+KVKEYE_APART void add_value_pairs(const float* weights, const bf16* const* values, const bf16* const* next,
+                                  int count, int64_t d, int64_t dim, float* out, int64_t out_row) {
+  Vf total[M][2 * N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < 2 * N; ++n)
+      total[m][n] = load(out + m * out_row + d + n * kLanes);
+  const auto words = [&](const bf16* row, int n) KVKEYE_LAMBDA {
+    return N > 1 ? load_raw(row + d + n * 32) : Paired::load_words(row, d / 2, dim);
+  };
+  for (int j = 0; j < count; j += 2) {
+    const bool both = j + 1 < count;
+    Vf value[2 * N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      __builtin_prefetch(next[j] + d + n * 32, 0, 2);
+      __builtin_prefetch(next[j + both] + d + n * 32, 0, 2);
+      Paired::interleave(words(values[j], n), both ? words(values[j + 1], n) : Vf{}, value[2 * n],
+                         value[2 * n + 1]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vf weight = splat(weights[m * kTile + j / 2]);
+#pragma GCC unroll 8
+      for (int n = 0; n < 2 * N; ++n)
+        total[m][n] = Paired::multiply(weight, value[n], total[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < 2 * N; ++n)
+      store(out + m * out_row + d + n * kLanes, total[m][n]);
+}
+#endif
+
+template <class Product, int M, class T>
 void add_value_rows(const float* weights, const T* const* values, const T* const* next, int count,
                     int64_t dim, float* out, int64_t out_row) {
+#if defined(__AVX512BF16__)
+  if constexpr (Product::per_word == 2) {
+    constexpr int wide = M > 4 ? 1 : 2;
+    int64_t d = 0;
+    for (; d + wide * 32 <= dim; d += wide * 32)
+      add_value_pairs<M, wide>(weights, values, next, count, d, dim, out, out_row);
+    for (; d < dim; d += 32)
+      add_value_pairs<M, 1>(weights, values, next, count, d, dim, out, out_row);
+    return;
+  }
+#endif
   constexpr int wide = M > 4 || kLanes < 16 ? 2 : 4; // at most 16 sums
   int64_t d = 0;
   for (; d + wide * kLanes <= dim; d += wide * kLanes)
@@ -135,17 +185,19 @@ template <int M = 1, class Body> KVKEYE_INLINE void with_count(int rows, const B
   body(Count<M>{});
 }
 
-template <class T, class Work> struct FewRows {
+template <class T, class Work, class Product> struct FewRows {
   const Work& work;
   int64_t dim, width;               // width: dim in whole vectors, an even number of them
+  float unit;                       // of the scores
   float *q, *out, *folded;          // [kFewRows, width]
   float* scores;                    // [kFewRows, kTile]
   float *max, *total;               // [kFewRows], of the current split
   float *folded_max, *folded_total; // [kFewRows], of the splits before
   View views[kFewRows];
 
-  FewRows(const Work& of, int64_t head_dim, float scale, Arena arena)
-      : work(of), dim(head_dim), width((head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)) {
+  FewRows(const Work& of, int64_t head_dim, float softmax_scale, Arena arena)
+      : work(of), dim(head_dim), width((head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)),
+        unit(Product::unit_of(softmax_scale * kLog2E)) {
     q = arena.take(kFewRows * width);
     out = arena.take(kFewRows * width);
     folded = arena.take(kFewRows * width);
@@ -159,71 +211,78 @@ template <class T, class Work> struct FewRows {
     clear(folded_max, kRowVector, -INFINITY);
     clear(folded_total, kRowVector, 0.0f);
     for (int r = 0; r < work.count; ++r) {
-      load_row(work.query(r), dim, q + r * width);
-      for (int64_t i = r * width; i < (r + 1) * width; i += kLanes)
-        store(q + i, load(q + i) * (scale * kLog2E));
+      for (int64_t w = 0; w < words_of<Product>(dim); w += kLanes)
+        store(q + r * width + w, Product::load_query(work.query(r), w, dim, softmax_scale * kLog2E));
       views[r] = work.view(r);
     }
   }
 
-  // All rows against positions [begin, end) of one split.
-  void attend(int64_t begin, int64_t end) {
+  // All rows against positions [begin, end) of one split; what comes next, up to position `last`, is read
+  // ahead.
+  void attend(int64_t begin, int64_t end, int64_t last, bool partial) {
     clear(out, work.count * width, 0.0f);
     clear(max, kRowVector, -INFINITY);
     clear(total, kRowVector, 0.0f);
     Located tiles[2];
-    locate(begin, end, tiles[0]);
+    tiles[0].locate(work, begin, end);
     for (int64_t start = begin; start < end; start += kTile) {
       const int columns = tile_columns(start, end), at = (start - begin) / kTile % 2;
       const Located &tile = tiles[at], &next = tiles[1 - at];
-      if (!locate(start + kTile, end, tiles[1 - at]))
+      if (!tiles[1 - at].locate(work, start + kTile, last))
         tiles[1 - at] = tile;
       with_count(work.count, [&](auto rows) KVKEYE_LAMBDA {
         for (int j = 0; j < columns; j += kLanes)
-          score_keys<rows.value>(q, width, tile.keys + j, next.keys + j, dim, scores + j);
+          score_keys<Product, rows.value>(q, width, tile.keys + j, next.keys + j, dim, scores + j);
       });
       for (int r = 0; r < work.count; ++r)
         weigh(r, start, columns);
       with_count(work.count, [&](auto rows) KVKEYE_LAMBDA {
-        add_value_rows<rows.value>(scores, tile.values, next.values, columns, dim, out, width);
+        add_value_rows<Product, rows.value>(scores, tile.values, next.values, columns, dim, out, width);
       });
     }
+    if (partial)
+      store_partial();
+    else
+      fold();
   }
 
   // The rows of one tile; behind the last, that one again.
   struct Located {
-    const T *keys[kTile], *values[kTile];
-  };
+    const T* keys[kTile];
+    const T* values[kTile];
 
-  bool locate(int64_t start, int64_t end, Located& tile) const {
-    const int columns = tile_columns(start, end);
-    work.locate(start, columns, tile.keys, tile.values);
-    for (int j = columns; j > 0 && j < kTile; ++j) {
-      tile.keys[j] = tile.keys[j - 1];
-      tile.values[j] = tile.values[j - 1];
+    bool locate(const Work& work, int64_t start, int64_t last) {
+      const T* rows[2 * kTile];
+      const int columns = locate_ahead(work, start, last, rows);
+      for (int j = 0; columns > 0 && j < kTile; ++j) {
+        keys[j] = rows[j < columns ? j : columns - 1];
+        values[j] = rows[columns + (j < columns ? j : columns - 1)];
+      }
+      return columns > 0;
     }
-    return columns > 0;
-  }
+  };
 
   // Scores of one row become weights relative to its new maximum; what was summed before is rescaled.
   void weigh(int r, int64_t start, int columns) {
     float *row = scores + r * kTile, *sums = out + r * width;
     const uint64_t all = first_bits(columns), seen = visible(views[r], start) & all;
     if (seen == 0)
-      return clear(row, columns, 0.0f);
-    const bool whole = seen == all && columns % kLanes == 0;
-    Vf peak = splat(max[r]);
-    for (int i = 0; i < columns; i += kLanes) {
+      return clear(row, kTile, 0.0f);
+    const bool whole = seen == ~(uint64_t)0;
+    Vf peak = splat(-INFINITY);
+    for (int i = 0; i < kTile; i += kLanes) {
       const Vf score = load(row + i), kept = whole ? score : hide(score, seen, i, -INFINITY);
       store(row + i, kept);
       peak = KVKEYE_ISA::max(kept, peak);
     }
-    const Vf top = splat(largest(peak)), base = base_of(top), keep = weight_of(splat(max[r]) - base);
+    const Vf before = splat(max[r]), top = KVKEYE_ISA::max(splat(largest(peak) * unit), before);
+    const Vf base = base_of(top), keep = weight_of(before - base);
     Vf part{};
-    for (int i = 0; i < columns; i += kLanes) {
-      const Vf weight = weight_of(load(row + i) - base);
-      store(row + i, weight);
-      part = part + weight;
+    for (int i = 0; i < kTile; i += 2 * kLanes) {
+      const Vf first = weight_of(fma(load(row + i), splat(unit), -base));
+      const Vf second = weight_of(fma(load(row + i + kLanes), splat(unit), -base));
+      Product::store_row_weights(row + i / Product::per_word, first, second);
+      part = part + first + second;
     }
     max[r] = top[0];
     total[r] = fma(splat(total[r]), keep, splat(sum(part)))[0];

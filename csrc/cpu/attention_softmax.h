@@ -119,8 +119,22 @@ KVKEYE_INLINE void clear(float* target, int64_t size, float value) {
 //   int count                                       rows, each a (token, query head of the group)
 //   const T* query(int r); View view(int r)         a row's query [dim], and what it sees
 //   void locate(start, count, keys, values)         the rows [dim] at positions [start, start + count)
+//   int locate_next(rows)                           those of the first tile that is read after this Work, if
+//   known:
+//                                                   keys, then values; how many positions
 //   void target(int r, T*& o, float*& lse)          where a row's result goes
 //   void partial(int r, float*& o, float*& max, float*& total)    where its state after one split goes
+
+// The tile at `start`, or behind `last` the first one of the next Work: keys, then values; how many
+// positions.
+template <class Work, class T>
+KVKEYE_INLINE int locate_ahead(const Work& work, int64_t start, int64_t last, const T** rows) {
+  const int columns = tile_columns(start, last);
+  if (columns == 0)
+    return work.locate_next(rows);
+  work.locate(start, columns, rows, rows + columns);
+  return columns;
+}
 
 template <class T>
 KVKEYE_INLINE void finish_row(const float* out, int64_t dim, float max, float total, T* o, float* lse) {
@@ -142,7 +156,7 @@ KVKEYE_INLINE void write_result(const Work& work, int r, const float* out, int64
 template <class Work>
 KVKEYE_INLINE void write_partial(const Work& work, int r, const float* out, int64_t dim, float max,
                                  float total) {
-  float *o, *partial_max, *partial_total;
+  float *o = nullptr, *partial_max = nullptr, *partial_total = nullptr;
   work.partial(r, o, partial_max, partial_total);
   for_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA { store(o + i, load(out + i, lanes), lanes); });
   *partial_max = max;

@@ -110,8 +110,8 @@ KVKEYE_APART void multiply_column(const bf16* a, int64_t a_row, const uint32_t* 
   memory_fence();
 }
 
-template <class T, class Work> struct TileRows : LaneRows<Work, kTileVectors> {
-  using Base = LaneRows<Work, kTileVectors>;
+template <class T, class Work> struct TileRows : LaneRows<Work, kTileVectors, true> {
+  using Base = LaneRows<Work, kTileVectors, true>;
   using Base::dim, Base::groups, Base::kGroup, Base::max, Base::scores, Base::total, Base::width, Base::work;
   int64_t depth;     // dim in whole tile lines
   float scale;       // of the scores, positive; its sign goes to the queries
@@ -138,7 +138,8 @@ template <class T, class Work> struct TileRows : LaneRows<Work, kTileVectors> {
     for (int64_t d = 0; d < depth; d += kTileLine) {
       Vf block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        block[i] = r + i < work.count ? load_line(work.query(r + i) + d, dim - d) : Vf{};
+        const int row = this->row_of(r + i);
+        block[i] = row >= 0 ? load_line(work.query(row) + d, dim - d) : Vf{};
         block[i] = (Vf)(((Vu)block[i] ^ sign) & kept);
       }
       transpose(block);
@@ -153,8 +154,8 @@ template <class T, class Work> struct TileRows : LaneRows<Work, kTileVectors> {
     return (Vf)_mm512_maskz_loadu_epi16(mask, source);
   }
 
-  // All rows against positions [begin, end) of one split.
-  void attend(int64_t begin, int64_t end) {
+  // All rows against positions [begin, end) of one split, of which nothing is read ahead.
+  void attend(int64_t begin, int64_t end, int64_t, bool partial) {
     this->begin_split();
     const T *key_rows[kTile], *value_rows[kTile];
     for (int64_t start = begin; start < end; start += kTile) {
@@ -170,6 +171,8 @@ template <class T, class Work> struct TileRows : LaneRows<Work, kTileVectors> {
         attend_group(group, start, columns);
       }
     }
+    for (int group = 0; group < groups; ++group)
+      this->close(group, partial);
   }
 
   void load_keys(const T* const* rows, int columns) {

@@ -13,13 +13,15 @@ template <class T> struct PagedRows {
   const int32_t* blocks;
   int count;
   bool tree;
+  int64_t item, last; // this one, and the last one of those in hand
   uint8_t branch[64]; // the new tokens that the span's last one sees, in order
 
-  PagedRows(const PagedAttentionParams<T>& params, const PagedSpan& of, int64_t head)
-      : p(params), span(of), kv_head(head), group(p.num_q_heads / p.num_kv_heads),
-        first(p.cu_seqlens_q[span.sequence]), fresh(p.cu_seqlens_q[span.sequence + 1] - first),
-        context(p.context_lens[span.sequence]), blocks(p.block_table + span.sequence * p.max_blocks),
-        count((int)((span.end - span.begin) * group)), tree(params.tree_mask != nullptr) {
+  PagedRows(const PagedAttentionParams<T>& params, int64_t of, int64_t last_item)
+      : p(params), span(p.spans[of / p.num_kv_heads]), kv_head(of % p.num_kv_heads),
+        group(p.num_q_heads / p.num_kv_heads), first(p.cu_seqlens_q[span.sequence]),
+        fresh(p.cu_seqlens_q[span.sequence + 1] - first), context(p.context_lens[span.sequence]),
+        blocks(p.block_table + span.sequence * p.max_blocks), count((int)((span.end - span.begin) * group)),
+        tree(params.tree_mask != nullptr), item(of), last(last_item) {
     int size = 0;
     for (uint64_t left = tree ? bits(span.end - 1) : 0; left != 0; left &= left - 1)
       branch[size++] = (uint8_t)__builtin_ctzll(left);
@@ -53,6 +55,16 @@ template <class T> struct PagedRows {
     }
   }
 
+  int locate_next(const T** rows) const {
+    if (item >= last)
+      return 0;
+    const PagedRows next(p, item + 1, last);
+    const int64_t start = next.span.split < 0 ? 0 : next.span.split * kSplitPositions;
+    const int columns = tile_columns(start, next.end());
+    next.locate(start, columns, rows, rows + columns);
+    return columns;
+  }
+
   void target(int r, T*& o, float*& lse) const {
     o = p.o + row(r) * p.head_dim;
     lse = p.lse + row(r);
@@ -71,9 +83,8 @@ template <class T> struct PagedRows {
 
 template <class T> void paged_attention(const PagedAttentionParams<T>& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const PagedSpan& span = p.spans[item / p.num_kv_heads];
-    const PagedRows<T> rows(p, span, item % p.num_kv_heads);
-    attend<T>(rows, p.head_dim, p.softmax_scale, rows.end(), span.split, p.scratch);
+    const PagedRows<T> rows(p, item, end - 1);
+    attend<T>(rows, p.head_dim, p.softmax_scale, rows.end(), rows.span.split, p.scratch);
   }
 }
 

@@ -37,7 +37,7 @@ template <class T> void tile_attention(const TileAttentionParams<T>& p, int64_t 
     const PartResults<T> results(p, p.tiling.blocks[item % p.tiling.num_blocks], item / p.tiling.num_blocks,
                                  arena);
     float* shares = arena.take(results.block.num_parts);
-    results.attend(arena.next);
+    results.attend(arena.next, false);
     for (int64_t row = 0; row < results.rows; ++row)
       blend_row(results, row, shares);
   }

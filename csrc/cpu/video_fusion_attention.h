@@ -43,6 +43,7 @@ template <class T> struct PartRows {
       values[j] = v + (start + j) * p.v_strides.token;
     }
   }
+  int locate_next(const T**) const { return 0; }
   void partial(int, float*&, float*&, float*&) const {} // never by split
 };
 
@@ -83,7 +84,8 @@ template <class T> struct PartResults {
     return ((batch * p.tiling.tokens + block.begin + row) * p.heads + head) * p.dim;
   }
 
-  void attend(float* scratch) const {
+  // Gradients of weights are fp32: for them softmax weights are not rounded to bf16 (`exact`).
+  void attend(float* scratch, bool exact) const {
     for (int64_t part = 0; part < block.num_parts; ++part) {
       const TilePart& keys = block.parts[part];
       const PartRows<T> work{p,
@@ -95,7 +97,10 @@ template <class T> struct PartResults {
                              total + part * rows,
                              keys.end - keys.begin,
                              (int)rows};
-      KVKEYE_ISA::attend<T>(work, p.dim, p.softmax_scale, work.length, -1, scratch);
+      if (exact)
+        attend_by<T, Single>(work, p.dim, p.softmax_scale, work.length, -1, scratch);
+      else
+        KVKEYE_ISA::attend<T>(work, p.dim, p.softmax_scale, work.length, -1, scratch);
     }
   }
 

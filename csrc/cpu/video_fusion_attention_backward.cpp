@@ -167,7 +167,7 @@ template <class T> void differentiate_block(Backward<T>& s, const TileBlock& blo
   const PartResults<T> results(s.f, block, s.sequence, arena);
   float* slopes = arena.take(block.num_parts);
   auto* joint = (Denominator*)arena.take(2 * block.num_members);
-  results.attend(arena.next);
+  results.attend(arena.next, true);
   load_block(s, results);
   for (int64_t row = 0; row < results.rows; ++row)
     weigh_row(s, results, row, slopes, joint);

@@ -21,12 +21,13 @@ int64_t check_packed(const char* op, const Tensor& q, const Tensor& k, const Ten
   return group_of(op, q.size(1), k.size(1));
 }
 
-std::vector<QuerySpan> spans_of(const int32_t* bounds, int64_t sequences, int64_t tokens_per_span) {
+std::vector<QuerySpan> spans_of(const int32_t* bounds, int64_t sequences, int64_t group) {
   std::vector<QuerySpan> spans;
-  for (int64_t b = 0; b < sequences; ++b)
-    for (int64_t begin = bounds[b]; begin < bounds[b + 1]; begin += tokens_per_span)
-      spans.push_back(
-          {begin, std::min<int64_t>(begin + tokens_per_span, bounds[b + 1]), bounds[b], bounds[b + 1]});
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t tokens = span_tokens(bounds[b + 1] - bounds[b], group);
+    for (int64_t begin = bounds[b]; begin < bounds[b + 1]; begin += tokens)
+      spans.push_back({begin, std::min<int64_t>(begin + tokens, bounds[b + 1]), bounds[b], bounds[b + 1]});
+  }
   return spans;
 }
 
@@ -52,8 +53,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
   const Tensor o = empty_dense(q), lse = empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   const Tensor bounds = dense(cu_seqlens);
   const int64_t sequences = bounds.size(0) - 1;
-  const std::vector<QuerySpan> spans =
-      spans_of(read<int32_t>(bounds), sequences, std::max<int64_t>(1, kQueryRows / group));
+  const std::vector<QuerySpan> spans = spans_of(read<int32_t>(bounds), sequences, group);
   const Heads queries = as_heads(q), keys = as_heads(k), values = as_heads(v);
   with_type({kForward, "q", q}, [&](auto type) {
     using T = decltype(type);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
     params.head_dim = dim;
     params.softmax_scale = (float)softmax_scale;
     params.causal = causal;
-    const int64_t cost = kQueryRows * kTilePositions * dim;
+    const int64_t cost = query_rows() * kTilePositions * dim;
     for_items_with_scratch(
         params, params.num_spans * kv_heads, cost, attend_scratch(most_tokens(spans) * group, dim),
         [](const auto& p, int64_t begin, int64_t end) { cpu::varlen_attention(p, begin, end); });

@@ -5,6 +5,7 @@
 #include "kvkeye/attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 
 namespace kvkeye {
@@ -41,15 +42,30 @@ inline void check_bounds(const Argument& argument, int64_t rows) {
             b + 1, "] = ", values[b + 1], "; expected ascending values.");
 }
 
-// for_items, each thread with its own copy of params whose scratch holds that many floats.
+// How many query tokens go together: as many as may, in spans of about one size, which whole vectors of rows
+// fill.
+inline int64_t span_tokens(int64_t tokens, int64_t group) {
+  const int64_t most = std::max<int64_t>(1, query_rows() / group),
+                spans = std::max<int64_t>(1, (tokens + most - 1) / most);
+  const int64_t even = (tokens + spans - 1) / spans;
+  return std::clamp<int64_t>((even + 47) / 48 * 48, 1, most);
+}
+
+// for_items, each thread with its own copy of params whose scratch holds that many floats. Threads take
+// `together` items at a time as they get on: items cost more or less, and cores are not always ours alone.
 template <class Params, class Kernel>
 void for_items_with_scratch(const Params& params, int64_t items, int64_t cost, int64_t floats,
-                            const Kernel& kernel) {
-  for_items(items, cost, [&](int64_t begin, int64_t end) {
+                            const Kernel& kernel, int64_t together = 1) {
+  std::atomic<int64_t> next{0};
+  for_items(items, cost, [&](int64_t, int64_t) {
+    int64_t begin = next.fetch_add(together);
+    if (begin >= items)
+      return;
     const std::unique_ptr<float[]> scratch(new float[floats]);
     Params mine = params;
     mine.scratch = scratch.get();
-    kernel(mine, begin, end);
+    for (; begin < items; begin = next.fetch_add(together))
+      kernel(mine, begin, std::min(begin + together, items));
   });
 }
 

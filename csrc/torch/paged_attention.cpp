@@ -72,16 +72,22 @@ int64_t end_of_branch(const int64_t* tree_mask, int64_t begin, int64_t end) {
   return end;
 }
 
-std::vector<PagedSpan> spans_of(const Batch& batch, const int64_t* tree_mask, int64_t tokens_per_span,
-                                bool by_split) {
+// Splits that end before the new tokens are the same for all branches of a tree, which read them together.
+std::vector<PagedSpan> spans_of(const Batch& batch, const int64_t* tree_mask, int64_t group, bool by_split) {
   std::vector<PagedSpan> spans;
   for (int64_t b = 0; b < batch.sequences; ++b) {
-    for (int64_t begin = batch.bounds[b], end; begin < batch.bounds[b + 1]; begin = end) {
-      end = std::min<int64_t>(begin + tokens_per_span, batch.bounds[b + 1]);
-      end = end_of_branch(tree_mask, begin, end);
+    const int64_t first = batch.bounds[b], last = batch.bounds[b + 1],
+                  tokens = span_tokens(last - first, group);
+    const int64_t common =
+        by_split && tree_mask != nullptr ? (batch.contexts[b] - (last - first)) / kSplitPositions : 0;
+    for (int64_t split = 0; split < common; ++split)
+      for (int64_t begin = first; begin < last; begin += tokens)
+        spans.push_back({begin, std::min(begin + tokens, last), b, split});
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      end = end_of_branch(tree_mask, begin, std::min(begin + tokens, last));
       if (!by_split)
         spans.push_back({begin, end, b, -1});
-      for (int64_t split = 0; by_split && split < batch.splits(b); ++split)
+      for (int64_t split = common; by_split && split < batch.splits(b); ++split)
         spans.push_back({begin, end, b, split});
     }
   }
@@ -113,8 +119,7 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
   const int64_t group = params.num_q_heads / params.num_kv_heads, dim = params.head_dim;
   const int64_t states = tokens * params.num_q_heads * batch.max_splits;
   const bool by_split = batch.max_splits > 1 && states * (dim + 2) <= kPartialFloats;
-  const std::vector<PagedSpan> spans =
-      spans_of(batch, params.tree_mask, std::max<int64_t>(1, kQueryRows / group), by_split);
+  const std::vector<PagedSpan> spans = spans_of(batch, params.tree_mask, group, by_split);
   const std::unique_ptr<float[]> partial(by_split ? new float[states * (dim + 2)] : nullptr);
   params.spans = spans.data();
   params.max_splits = batch.max_splits;
@@ -129,7 +134,8 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
   const int64_t cost = kTilePositions * dim * group;
   for_items_with_scratch(
       params, (int64_t)spans.size() * params.num_kv_heads, cost, attend_scratch(most_tokens * group, dim),
-      [](const auto& p, int64_t begin, int64_t end) { cpu::paged_attention(p, begin, end); });
+      [](const auto& p, int64_t begin, int64_t end) { cpu::paged_attention(p, begin, end); },
+      by_split ? params.num_kv_heads : 1);
   if (by_split)
     fold(params, batch, tokens);
 }

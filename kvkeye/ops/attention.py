@@ -51,7 +51,8 @@ def varlen_attention(
     Shapes     q [T, Hq, D]  k, v [T, Hkv, D]  cu_seqlens [B + 1]; T = cu_seqlens[B]
     Args       one floating dtype, rows may be strided;  cu_seqlens int32 ascending from 0;  max_seqlen the longest
     Returns    o [T, Hq, D] dtype of q;  lse [T, Hq] fp32, natural log of the softmax denominator
-    Numerics   scores, softmax and sums in fp32
+    Numerics   scores, softmax and sums in fp32; in bf16 `cpp` may round softmax weights, and in the backward pass the
+               gradients of scores, to bf16 before they are multiplied
     Gradient   q, k, v (through o and lse)
     Errors     ValueError on shape, dtype or head disagreement
     Source     Vaswani et al. 2017, eq. 1; online softmax: Milakov and Gimelshein 2018
@@ -126,7 +127,7 @@ def paged_attention(
                read;  context_lens int32 tokens, the new ones included and already in the cache;  tree_mask int64
                bits, at most 64 rows per sequence
     Returns    o [T, Hq, D] dtype of q;  lse [T, Hq] fp32;  a row that sees nothing gives o = 0, lse = -inf
-    Numerics   scores, softmax and sums in fp32; `cpp` merges KV tiles in an order fixed by absolute position, and
+    Numerics   as varlen_attention; `cpp` merges KV tiles in an order fixed by absolute position, and
                along the branch of a tree: a row gives the bits of the same tokens decoded one after the other
     Gradient   none (inference only); training uses varlen_attention
     Errors     ValueError on shape or dtype disagreement

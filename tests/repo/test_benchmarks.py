@@ -41,6 +41,15 @@ def test_every_row_of_the_vision_benchmark_agrees_with_its_peers(tmp_path):
     assert "limits with 1 threads" in output
 
 
+@pytest.mark.skipif("cpp" not in ops.OPS["paged_attention"].implementations, reason="the C++ kernels are not built")
+def test_every_row_of_the_attention_benchmark_agrees_with_its_peers(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    run("attention.py", "--quick", "--threads", "1", "--json", str(rows))
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(written) == 11 and all(row["ms"] > 0 and row["peers_ms"] for row in written)
+    assert "| decoding: 1 x 64 tokens of context, 32/8 heads of 128, bf16 |" in run("table.py", str(rows))
+
+
 @pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
 def test_every_row_of_the_video_benchmark_agrees_with_its_peers(tmp_path):
     run("video.py", "--quick", "--threads", "1", "--json", str(tmp_path / "rows.jsonl"))

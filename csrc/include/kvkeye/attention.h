@@ -11,9 +11,13 @@
 namespace kvkeye {
 
 static constexpr int64_t kTilePositions = 64, kSplitPositions = 512;
-static constexpr int64_t kQueryRows =
-    576; // rows (token, query head of one group) that share a loaded KV tile
-static constexpr int64_t kBackwardRows = 64; // the same in the backward pass
+// Rows (token, query head of one group) that share a loaded KV tile: their sums stay in a core's own cache.
+// Where the tiles of a split stay loaded instead, more rows may.
+static constexpr int64_t kQueryRows = 576;
+static inline int64_t query_rows() {
+  return active_isa().isa == Isa::amx ? kQueryRows : 4 * kQueryRows;
+}
+static constexpr int64_t kBackwardRows = 64; // the same in the backward pass of tile_attention
 
 // Elements between neighbouring tokens and neighbouring heads; the last axis is contiguous.
 struct HeadStrides {
@@ -99,11 +103,13 @@ static inline int64_t padded_dim(int64_t head_dim) {
 }
 static inline int64_t attend_scratch(int64_t rows, int64_t head_dim) { // of the span with the most rows
   const int64_t lanes = rows + 64;
-  return lanes * (3 * padded_dim(head_dim) + 8) + kTilePositions * (2 * padded_dim(head_dim) + 64) + 512;
+  return lanes * (3 * padded_dim(head_dim) + 8) + kSplitPositions * 2 * padded_dim(head_dim) +
+         64 * kTilePositions + 1024;
 }
 static inline int64_t backward_scratch(int64_t longest, int64_t group, int64_t head_dim) {
-  return longest * group * (3 * padded_dim(head_dim) + 2) + 2 * kBackwardRows * kTilePositions +
-         5 * kTilePositions * padded_dim(head_dim) + 512;
+  const int64_t rows = longest * group + 96;
+  return rows * (5 * padded_dim(head_dim) + 2) +
+         kTilePositions * (5 * padded_dim(head_dim) + 2 * 48 + 2 * 96) + 16 * padded_dim(head_dim) + 512;
 }
 static inline int64_t fold_scratch(int64_t head_dim) {
   return 2 * padded_dim(head_dim) + 64;
