@@ -60,7 +60,8 @@ class Bar:
 class Row:
     """One comparison. `verify` gets every side's output of the first round, ours first, and raises on disagreement.
 
-    flops     of one call                      bytes        read and written; compared with the copy bandwidth
+    flops     of one call; `least_vector` is a bar on the share of the vector units' limit
+    bytes     read and written; compared with the copy bandwidth
     streamed  bytes that must be read at least; compared with the read bandwidth, of which `least_read` is a bar
     """
 
@@ -73,6 +74,7 @@ class Row:
     bytes: float = 0.0
     streamed: float = 0.0
     least_read: float = 0.0
+    least_vector: float = 0.0
 
 
 @dataclass
@@ -94,6 +96,9 @@ class Result:
         if self.row.least_read:
             share, least = self.shares(limits)["read"], self.row.least_read
             yield {"against": "the read bandwidth", "ratio": share, "required": least, "met": share >= least}
+        if self.row.least_vector:
+            share, least = self.shares(limits)["vector"], self.row.least_vector
+            yield {"against": "the vector FLOP/s", "ratio": share, "required": least, "met": share >= least}
         for bar in self.row.bars:
             best = self.best_peer(bar.group)
             if best is not None:
@@ -146,13 +151,14 @@ def show(result: Result, limits: Limits) -> None:
     rounds = min(len(record) for record in result.times)
     print(f"{result.row.name}  ({rounds} rounds)")
     rate = f"   {result.row.flops / own / 1e9:.0f} GFLOP/s" if result.row.flops else ""
+    rate += f"   {result.row.streamed / own / 1e9:.1f} GB/s" if result.row.streamed else ""
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in result.shares(limits).items())
     print(f"  {'kvkeye':<58}{milliseconds(own):>11}{rate}   {shares}")
     for peer, seconds in zip(result.row.peers, others):
         print(f"  {peer.name:<58}{milliseconds(seconds):>11}{seconds / own:>8.2f}x")
     for judged in result.judged(limits):
         verdict = "pass" if judged["met"] else "MISS"
-        print(f"  {verdict}: {judged['ratio']:.2f} times {judged['against']}; required {judged['required']:g}")
+        print(f"  {verdict}: {judged['ratio']:.2f} times {judged['against']}; required {judged['required']:.3g}")
 
 
 def record(result: Result, limits: Limits) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def record(result: Result, limits: Limits) -> dict[str, Any]:
         "peers_ms": {peer.name: seconds * 1e3 for peer, seconds in zip(result.row.peers, others)},
         "bars": list(result.judged(limits)),
         "gflop_per_s": result.row.flops / own / 1e9,
-        "gb_per_s": result.row.bytes / own / 1e9,
+        "gb_per_s": (result.row.bytes or result.row.streamed) / own / 1e9,
         "shares": result.shares(limits),
     }
 

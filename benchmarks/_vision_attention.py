@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from _attention_rows import PREFILL
 from _measure import Bar, Peer, Row
 from torch import Tensor
 
@@ -44,4 +45,4 @@ def attention_row(patches: int) -> Row:
 
     flops = 4.0 * patches**2 * HEADS * HEAD_DIM
     name = f"attention of {patches} patches, {HEADS} heads of {HEAD_DIM}, bf16"
-    return Row(name, peers, [Bar("torch SDPA", 3.0)], ours, verify, flops=flops)
+    return Row(name, peers, [Bar("torch SDPA", 3.0)], ours, verify, flops=flops, least_vector=PREFILL)

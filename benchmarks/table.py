@@ -14,6 +14,8 @@ from typing import Any
 
 SHARES = {"copy": "copy", "read": "read", "vector": "vector FLOP/s", "tiles": "tile FLOP/s"}
 
+RATES = {"gflop_per_s": "GFLOP/s", "gb_per_s": "GB/s"}
+
 
 def latest(files: list[Path]) -> list[dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
@@ -30,11 +32,12 @@ def cells(row: dict[str, Any]) -> list[str]:
     own = row["ms"]
     peers = "<br>".join(f"{name}: {number(ms)} ({ms / own:.2f}x)" for name, ms in row["peers_ms"].items())
     bars = "<br>".join(
-        f"{'pass' if bar['met'] else '**miss**'}: {bar['ratio']:.2f} of {bar['required']:g}, {bar['against']}"
+        f"{'pass' if bar['met'] else '**miss**'}: {bar['ratio']:.2f} of {bar['required']:.2g}, {bar['against']}"
         for bar in row["bars"]
     )
     shares = ", ".join(f"{share:.0%} of {SHARES[name]}" for name, share in row["shares"].items())
-    return [row["row"], number(own), peers, bars or "none", shares]
+    rates = ", ".join(f"{row[name]:.3g} {unit}" for name, unit in RATES.items() if row.get(name))
+    return [row["row"], f"{number(own)}{f' ({rates})' if rates else ''}", peers, bars or "none", shares]
 
 
 def number(ms: float) -> str:

@@ -38,7 +38,7 @@ ROWS: dict[str, Callable[[bool], Row]] = {
 def cut(row: Row, words: list[str], quick: bool) -> Row:
     """The row with the peers whose name has one of the words; without bars where shapes are tiny."""
     peers = [peer for peer in row.peers if not words or any(word in peer.name for word in words)]
-    return replace(row, peers=peers, bars=[] if quick else row.bars)
+    return replace(row, peers=peers, bars=[], least_vector=0.0) if quick else replace(row, peers=peers)
 
 
 def main() -> None:
