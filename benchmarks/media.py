@@ -47,7 +47,7 @@ SETTINGS = {
 }
 CLIENTS = {"preview": "1.0.0", "1.5": "1.5.2"}  # version of keye-vl-utils
 ROWS = [f"{version}_{seconds}" for version in SETTINGS for seconds in (60, 600)]
-LIMITS = MediaLimits(max_frames=2000)
+LIMITS = MediaLimits(max_frames=2000, max_decode_seconds=600.0)  # the machine may be busy
 OPTIONS = MediaOptions()
 
 

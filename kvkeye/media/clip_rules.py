@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +11,9 @@ import numpy as np
 from kvkeye.errors import MediaError
 from kvkeye.media.clip import FrameList
 from kvkeye.media.frame import Clip, Frame
+from kvkeye.media.held import HeldFrames
 from kvkeye.media.job import CLIENT_PIXELS, Job, LoadedMedia, num_tokens
-from kvkeye.media.resize import client_size, processor_size, resize_frame, resize_image
+from kvkeye.media.resize import BicubicResizer, client_size, processor_size, resize_frame, resize_image
 from kvkeye.media.sampling import TOKEN, Sampled, VideoPolicy, sample_preview, sample_slow_fast
 from kvkeye.media.slow_fast import SLOW, FrameTyper, slow_fast_sizes
 
@@ -43,10 +43,9 @@ def load_preview_clip(clip: Clip, job: Job) -> LoadedMedia:
     job.check_tokens(plan.num_tokens)
     job.check_held(frames, size)
     out = np.empty((frames, *size, 3), np.uint8)
+    resize = BicubicResizer(clip.height, clip.width, plan.clip_size or (clip.height, clip.width))
     for k, frame in enumerate(clip.frames(plan.sampled.indices)):
-        if plan.clip_size is not None:
-            frame = resize_frame(frame, plan.clip_size, "bicubic")
-        out[k] = resize_image(frame, size, job.settings.resample)
+        out[k] = resize_image(resize(frame), size, job.settings.resample)
     return LoadedMedia("video", (out,), seconds_per_grid=1.0 / plan.sampled.fps)
 
 
@@ -122,12 +121,12 @@ def load_slow_fast_clip(clip: Clip, job: Job) -> LoadedMedia:
     sampled = sample_slow_fast(clip.num_frames, fps, options, policy, job.limits.max_frames, job.where)
     typer = FrameTyper(*size, policy, options.min_frame_similarity)
     keep = len(sampled.indices) * size[0] * size[1] * 3 <= job.limits.max_decoded_bytes
-    kept: deque[Frame] = deque()
+    held = HeldFrames(*size)
     types: list[int] = []
     for frame in map(prepare, clip.frames(sampled.indices)):
         types.append(typer.type(frame))
         if keep:
-            kept.append(frame.copy())
+            held.append(frame)
     num_slow = types.count(SLOW)
     budget = (options.min_pixels, options.max_pixels, options.total_pixels)
     sizes = slow_fast_sizes(*size, num_slow, len(types) - num_slow, policy, *budget)
@@ -139,16 +138,10 @@ def load_slow_fast_clip(clip: Clip, job: Job) -> LoadedMedia:
         tokens = fitted
     job.check_tokens(tokens)
     # Frames too large to keep are decoded a second time, and only their resized copies are held.
-    frames = _drain(kept) if keep else map(prepare, clip.frames(sampled.indices))
-    groups = tuple(_owned(resize_frame(frame, sizes[kind], "bilinear"), frame) for frame, kind in zip(frames, types))
+    frames = held.drain() if keep else map(prepare, clip.frames(sampled.indices))
+    groups = tuple(_owned(resize_frame(frame, sizes[kind]), frame) for frame, kind in zip(frames, types))
     stamps = None if clip.fps is None else _timestamps(sampled.indices, clip.fps)
     return LoadedMedia("video", groups, timestamps=stamps, frame_types=tuple(types))
-
-
-def _drain(kept: deque[Frame]) -> Iterator[Frame]:
-    """Lets go of each frame once the next one is asked for."""
-    while kept:
-        yield kept.popleft()
 
 
 def _owned(resized: Frame, frame: Frame) -> Frame:

@@ -11,7 +11,6 @@ import math
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from kvkeye import ops
 from kvkeye.media.frame import Frame, check_aspect
@@ -73,18 +72,37 @@ def resize_image(frame: Frame, size: tuple[int, int], resample: int = BICUBIC) -
     return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling(resample)))
 
 
-def resize_frame(frame: Frame, size: tuple[int, int], mode: str) -> Frame:
-    """The rules for clips, antialiased, rounded to uint8.
+def resize_frame(frame: Frame, size: tuple[int, int]) -> Frame:
+    """1.5's rule for the frames of a clip: torch's uint8 bilinear interpolation, antialiased.
 
-    `bicubic` (Preview) is computed in fp32 and rounded once; `bilinear` (1.5) is torch's uint8 interpolation, which the
-    checkpoint's processor calls: fixed-point weights, rounded after each of the two passes.
+    Fixed-point weights, rounded after each of the two passes, as the checkpoint's processor has it.
     """
-    if frame.shape[:2] == size:
-        return frame
-    if mode == "bilinear":
-        return _resized(frame, size, True)
-    y = interpolate(as_tensor(frame).float(), size=size, mode=mode, antialias=True, align_corners=False)
-    return np.ascontiguousarray(y[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+    return frame if frame.shape[:2] == size else _resized(frame, size, True)
+
+
+class BicubicResizer:
+    """Preview's rule for the frames of a clip: torch's antialiased bicubic interpolation in fp32, rounded once.
+
+    Keeps its buffers: with fresh ones of this size the system would spend more time on pages than torch on sums.
+    """
+
+    def __init__(self, height: int, width: int, size: tuple[int, int]) -> None:
+        self._is_needed = (height, width) != size
+        self._source = torch.empty(1, 3, height, width)  # torch is faster on planes than on pixels
+        self._target = torch.empty(1, 3, *size)
+        self._levels = torch.empty(3, *size, dtype=torch.uint8)
+        self._frame = torch.empty(*size, 3, dtype=torch.uint8)
+
+    def __call__(self, frame: Frame) -> Frame:
+        """uint8 [H, W, 3], valid until the next call."""
+        if not self._is_needed:
+            return frame
+        size = list(self._target.shape[2:])
+        self._source.copy_(as_tensor(frame))
+        torch.ops.aten._upsample_bicubic2d_aa.out(self._source, size, False, None, None, out=self._target)
+        self._levels.copy_(self._target[0].round_().clamp_(0, 255))
+        resized: Frame = torch.stack(self._levels.unbind(), dim=-1, out=self._frame).numpy()
+        return resized
 
 
 def _resized(frame: Frame, size: tuple[int, int], bilinear: bool) -> Frame:

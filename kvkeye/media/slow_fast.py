@@ -6,55 +6,17 @@ A frame that differs enough from the last slow frame is slow (type 0) and gets t
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from kvkeye import ops
 from kvkeye.media.frame import Frame
-from kvkeye.media.resize import FACTOR, client_size, resize_frame
+from kvkeye.media.resize import FACTOR, as_picture, client_size, resize_frame
 from kvkeye.media.sampling import TOKEN, VideoPolicy
 
 SLOW, FAST = 0, 1
-_HUE_STEPS = 180  # hue in steps of two degrees
-_BITS = 12  # fixed-point digits of the reciprocals
-
-
-@lru_cache(maxsize=1)
-def _tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """OpenCV's fixed-point rounding for every case, uint8.
-
-    hue         [3, 512, 256]: brightest channel, difference of the other two + 256, spread; flat
-    saturation  [256, 256]: spread, value; flat
-    """
-    half = 1 << (_BITS - 1)
-    whole = np.arange(256)
-    divisors = np.maximum(whole, 1)
-    by_value = np.rint((1 << _BITS) * 255.0 / divisors).astype(np.int64) * (whole > 0)
-    by_spread = np.rint((1 << _BITS) * (_HUE_STEPS / 6.0) / divisors).astype(np.int64) * (whole > 0)
-    saturation = (whole[:, None] * by_value + half) >> _BITS
-    sectors = np.arange(-256, 256)[:, None] + 2 * np.arange(3)[:, None, None] * whole
-    hue = (sectors * by_spread + half) >> _BITS
-    hue += np.where(hue < 0, _HUE_STEPS, 0)
-    # Entries that no colour reaches do not fit 8 bits; they are never read.
-    hue_table, saturation_table = (torch.from_numpy(t.astype(np.uint8).ravel()) for t in (hue, saturation))
-    return hue_table, saturation_table
-
-
-def to_hsv(frame: Frame) -> torch.Tensor:
-    """RGB to HSV in OpenCV's 8-bit convention (hue 0..179, its fixed-point rounding). uint8 [H, W, 3] both."""
-    hue, saturation = _tables()
-    planes = np.ascontiguousarray(frame.reshape(-1, 3).T)
-    most, least = (f(f(planes[0], planes[1]), planes[2]) for f in (np.maximum, np.minimum))
-    value, spread = torch.from_numpy(most), torch.from_numpy(most - least)
-    red, green, _ = torch.from_numpy(planes)
-    r, g, b = torch.from_numpy(planes).to(torch.int32)
-    by_green = torch.where(value == green, (b - r).add_(768), (r - g).add_(1280))
-    case = torch.where(value == red, (g - b).add_(256), by_green)
-    case.bitwise_left_shift_(8).bitwise_or_(spread)
-    shade = spread.to(torch.int32).bitwise_left_shift_(8).bitwise_or_(value)
-    hsv = torch.stack([hue.index_select(0, case), saturation.index_select(0, shade), value], dim=-1)
-    return hsv.view(frame.shape)
+_DOUBT = 3e-4  # what fp32 sums of 3 * 28 * 28 terms may be off by
 
 
 class FrameTyper:
@@ -64,29 +26,47 @@ class FrameTyper:
         self.size = client_size(height, width, policy.min_pixels, policy.typing_max_pixels)
         self.threshold = policy.min_frame_similarity if min_frame_similarity is None else min_frame_similarity
         self.patch_threshold = policy.min_patch_similarity
-        self.last_slow: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.last_slow: Patches | None = None
 
     def type(self, frame: Frame) -> int:
         """SLOW or FAST for the next frame, uint8 [H, W, 3]."""
-        patches = self._patches(frame)
+        patches = Patches.of(resize_frame(frame, self.size))
         if self.last_slow is not None and not self._differs(self.last_slow, patches):
             return FAST
         self.last_slow = patches
         return SLOW
 
-    def _patches(self, frame: Frame) -> tuple[torch.Tensor, torch.Tensor]:
-        """The 28x28 patches [n, 784 * 3] and their lengths [n]."""
-        hsv = to_hsv(resize_frame(frame, self.size, "bilinear"))
-        rows, columns = self.size[0] // FACTOR, self.size[1] // FACTOR
-        cut = hsv.view(rows, FACTOR, columns, FACTOR, 3).transpose(1, 2).reshape(rows * columns, -1).float()
-        return cut, cut.norm(dim=1) + 1e-8
-
-    def _differs(self, a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        lit = ~((a[1] < 0.01) & (b[1] < 0.01))  # two black patches say nothing
-        similar = ((a[0] * b[0]).sum(1) / (a[1] * b[1]) > self.patch_threshold)[lit]
+    def _differs(self, a: Patches, b: Patches) -> bool:
+        lit = (a.squares > 0) | (b.squares > 0)  # two black patches say nothing
+        cosines = ops.patch_products(a.levels, b.levels) / (a.squares.sqrt() * b.squares.sqrt()).clamp_(min=1.0)
+        if bool(((cosines - self.patch_threshold).abs() < _DOUBT).any()):
+            cosines = _published_cosines(a.levels, b.levels)
+        similar = (cosines > self.patch_threshold)[lit]
         # As published: a mean in fp32 against a threshold in double precision, where 9 of 10 patches are below 0.9.
         # Without a lit patch the mean is NaN, hence not different.
         return float(similar.float().mean()) < self.threshold
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Hue, saturation and value of one frame's patches, and their squared lengths.
+
+    levels  uint8 [n, 3 * 28 * 28]      squares  float64 [n], whole numbers
+    """
+
+    levels: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def of(cls, frame: Frame) -> Patches:
+        levels = ops.hsv_patches(as_picture(frame), FACTOR)
+        return cls(levels, ops.patch_products(levels, levels).double())
+
+
+def _published_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The cosines as the reference sums them, in fp32; their rounding decides where the exact ones are too close."""
+    first, second = (levels.float() / (levels.float().norm(dim=-1, keepdim=True) + 1e-8) for levels in (a, b))
+    return (first * second).sum(-1)
 
 
 def slow_fast_sizes(

@@ -18,6 +18,7 @@ FAMILIES = (
     "rope",
     "activation",
     "vision",
+    "frames",
     "linear",
     "int8_linear",
     "kv_cache",

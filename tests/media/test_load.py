@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from kvkeye.errors import MediaError, RequestError
+from kvkeye.media import slow_fast
 from kvkeye.media.job import MediaSettings
 from kvkeye.media.limits import MediaLimits
 from kvkeye.media.load import load_media
@@ -24,7 +25,7 @@ from kvkeye.media.options import MediaOptions
 from kvkeye.media.patches import patchify
 from kvkeye.media.resize import BILINEAR
 from kvkeye.media.sampling import VideoPolicy, sample_preview, sample_slow_fast
-from kvkeye.media.slow_fast import FrameTyper, slow_fast_sizes, to_hsv
+from kvkeye.media.slow_fast import FrameTyper, Patches, slow_fast_sizes
 from tests.media.movies import greys, hide_frames, write_movie
 from tests.samples import clip, photo
 
@@ -223,14 +224,6 @@ def test_solid_colours_are_typed_as_published():
     assert load("video", black, FAST).frame_types == (0, 1, 1)
 
 
-def test_hsv_of_known_colours():
-    """OpenCV's 8-bit convention; the second row was computed with OpenCV 5.0."""
-    rgb = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 255, 255]]], np.uint8)
-    assert to_hsv(rgb)[0].tolist() == [[0, 255, 255], [60, 255, 255], [120, 255, 255], [0, 0, 0], [0, 0, 255]]
-    rgb = np.array([[[12, 200, 77], [250, 3, 128], [31, 30, 29], [254, 255, 1], [90, 90, 91]]], np.uint8)
-    assert to_hsv(rgb)[0].tolist() == [[70, 240, 200], [165, 252, 250], [15, 16, 31], [30, 254, 255], [120, 3, 91]]
-
-
 @pytest.mark.parametrize(
     ("slow", "fast", "slow_size", "fast_size", "tokens"),
     [
@@ -285,18 +278,21 @@ def test_nine_similar_patches_of_ten_are_not_enough():
     assert typer.size == (140, 280) and kinds == [1, 1, 0, 0]
 
 
-def test_hsv_of_every_third_colour():
-    """Against the published formula in whole numbers."""
-    rgb = np.stack(np.meshgrid(*[np.arange(0, 256, 3)] * 3), -1).reshape(1, -1, 3)
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    value, spread = rgb.max(-1), rgb.max(-1) - rgb.min(-1)
-    sector = np.where(value == red, green - blue, np.where(value == green, blue - red, red - green))
-    sector = sector + np.where(value == red, 0, np.where(value == green, 2 * spread, 4 * spread))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        saturation = (spread * np.where(value, np.rint(4096 * 255 / value), 0) + 2048) // 4096
-        hue = (sector * np.where(spread, np.rint(4096 * 30 / spread), 0) + 2048) // 4096
-    expected = np.stack([np.where(hue < 0, hue + 180, hue), saturation, value], -1)
-    assert np.array_equal(to_hsv(rgb.astype(np.uint8)).numpy(), expected)
+def test_a_cosine_within_rounding_of_the_threshold_is_decided_as_published(monkeypatch):
+    """The exact cosine decides, but for patches that the reference's fp32 sums may put on either side."""
+    levels = torch.randint(0, 256, (2, 10, 2352), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    a, b = (Patches(rows, rows.double().square().sum(1)) for rows in levels)
+    exact = (levels[0].double() * levels[1].double()).sum(1) / (a.squares * b.squares).sqrt()
+    asked, published = [], slow_fast._published_cosines
+    monkeypatch.setattr(slow_fast, "_published_cosines", lambda *args: asked.append(args) or published(*args))
+    typer = FrameTyper(280, 28, VideoPolicy.slow_fast(), None)
+    for threshold, is_close in ((float(exact[3]), True), (float(exact.max()) + 0.01, False)):
+        asked.clear()
+        typer.patch_threshold = threshold
+        typer.threshold = 1.0
+        by_reference = float((published(*levels) > threshold).float().mean()) < 1.0
+        assert typer._differs(a, b) == by_reference
+        assert bool(asked) == is_close
 
 
 # Sampling

@@ -1,43 +1,41 @@
 """Frame types, sizes and pixels against keye-vl-utils itself, where it can be imported.
 
 It is no part of the test extras because it needs torchvision and OpenCV; the vectors in `test_load` and `test_resize`
-were taken from it. Run with version 1.5.2 and with 1.0.0 installed to repeat both halves.
+were taken from it. `make peers` brings both versions; `KEYE_VL_UTILS=1.0.0` repeats Preview's half, 1.5's is the default.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import os
 import sys
 import types
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
+from kvkeye import ops
 from kvkeye.media.job import MediaSettings
 from kvkeye.media.limits import MediaLimits
 from kvkeye.media.load import load_media
 from kvkeye.media.options import MediaOptions
 from kvkeye.media.sampling import VideoPolicy
-from kvkeye.media.slow_fast import to_hsv
 from tests.samples import clip
 
 
-def _installed(name):
-    return importlib.util.find_spec(name) is not None
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import _keye_vl_utils  # noqa: E402
 
-
-NEEDED = ("keye_vl_utils", "torchvision", "cv2", "einops", "requests")
-if missing := [name for name in NEEDED if not _installed(name)]:
+VERSION = os.environ.get("KEYE_VL_UTILS", "1.5.2")
+if not _keye_vl_utils.is_installed(VERSION):
     pytest.skip(
-        f"keye-vl-utils cannot be imported here ({', '.join(missing)} not installed); its recorded answers are tested",
+        f"keye-vl-utils {VERSION} is not in .peers (make peers); its recorded answers are tested",
         allow_module_level=True,
     )
 
-import keye_vl_utils.vision_process as reference  # noqa: E402
-
-VERSION = importlib.metadata.version("keye_vl_utils")
+reference = _keye_vl_utils.load(VERSION)
 
 
 class Reader:
@@ -99,4 +97,5 @@ def test_hsv_is_opencvs():
 
     rgb = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     for frame in (rgb, rgb // 9, rgb // 2 + 128):
-        assert np.array_equal(to_hsv(frame), cv2.cvtColor(frame, cv2.COLOR_RGB2HSV))
+        expected = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).transpose(2, 0, 1).reshape(1, -1)
+        assert np.array_equal(ops.hsv_patches(torch.from_numpy(frame), 512), expected)

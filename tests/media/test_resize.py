@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from kvkeye.errors import MediaError
-from kvkeye.media.resize import client_size, processor_size, resize_frame, resize_image
+from kvkeye.media.resize import BicubicResizer, client_size, processor_size, resize_frame, resize_image
 
 UTILS_1_5 = (3136, 16_056_320)
 TABLE = [  # (h, w): client utilities 1.5.2; processor at min 3136; processor at min 102400
@@ -100,7 +100,8 @@ def test_read_only_and_strided_pictures(resample):
 def test_frame_resize_is_antialiased_and_rounded(mode, rate):
     """Bicubic is rounded once, in single precision; bilinear after each pass, as the next test pins down."""
     noise = np.random.default_rng(1).integers(0, 256, (120, 100, 3), dtype=np.uint8)
-    small = resize_frame(noise, (56, 168), mode)  # rows shrink, columns grow
+    size = 56, 168  # rows shrink, columns grow
+    small = resize_frame(noise, size) if mode == "bilinear" else BicubicResizer(120, 100, size)(noise)
     exact = np.einsum("or,rcx,pc->opx", filter_matrix(120, 56, mode), noise, filter_matrix(100, 168, mode))
     exact = exact.round().clip(0, 255)
     assert small.dtype == np.uint8 and small.flags.c_contiguous
@@ -114,7 +115,18 @@ def test_bilinear_frames_are_torchs(height, width, rows, columns):
     frame = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
     planes = torch.from_numpy(frame).permute(2, 0, 1)[None]
     expected = interpolate(planes, size=(rows, columns), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    assert np.array_equal(resize_frame(frame, (rows, columns), "bilinear"), expected.numpy())
+    assert np.array_equal(resize_frame(frame, (rows, columns)), expected.numpy())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 120), st.integers(1, 120))
+def test_bicubic_frames_are_torchs(height, width, rows, columns):
+    """Bit by bit, for each of several frames through the same buffers."""
+    resize = BicubicResizer(height, width, (rows, columns))
+    for frame in np.random.default_rng(4).integers(0, 256, (2, height, width, 3), dtype=np.uint8):
+        planes = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+        expected = interpolate(planes, size=(rows, columns), mode="bicubic", antialias=True).round().clamp(0, 255)
+        assert np.array_equal(resize(frame), expected[0].permute(1, 2, 0).numpy())
 
 
 def filter_matrix(size_in, size_out, mode):

@@ -125,6 +125,16 @@ def vision(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "merge_patches_backward", (r(PATCHES // 4, 4 * dim), GRIDS, 2)
 
 
+def frames(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for height, width, patch in ((28, 56, 28), (5, 10, 5), (34, 17, 17), (3, 2, 1)):
+        image = torch.randint(0, 256, (height, width, 3), generator=r.generator).to(torch.uint8)
+        yield "hsv_patches", (image, patch)
+        yield "hsv_patches", (image.transpose(0, 1)[:patch, :patch], patch)
+    for size in (1, 63, 40_001):
+        a, b = (torch.randint(0, 256, (3, 2 * size), generator=r.generator).to(torch.uint8) for _ in range(2))
+        yield "patch_products", (a[:, size:], b[:, size:])
+
+
 def attention_merge(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for tokens, heads, dim in ((1, 1, 1), (5, 3, 72), (4, 2, 128)):
         lse_a, lse_b = r.fp32(tokens, heads) * 10, r.fp32(tokens, heads) * 10
@@ -200,7 +210,11 @@ def rollout(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "score_candidates", (x, v, 0.6, r.fp32(3, height, width), grid)
 
 
+<<<<<<< HEAD
 FAMILIES = (norm, activation, linear, int8_linear, rope, kv_cache, vision, attention_merge, loss, video_fusion, rollout)
+=======
+FAMILIES = (norm, activation, linear, rope, kv_cache, vision, frames, attention_merge, loss, video_fusion, rollout)
+>>>>>>> 7faf0a8 (Frames of a clip are typed by native kernels and held in memory that goes back to the system)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -240,8 +254,13 @@ def failures(name: str, args: tuple[Any, ...]) -> Iterator[str]:
             yield f"{name}[{index}] is {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} {tuple(theirs.shape)}"
             continue
         largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+<<<<<<< HEAD
         eps = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
         allowed = max(2 * error(theirs, truth), 4 * eps * largest)
+=======
+        epsilon = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
+        allowed = max(2 * error(theirs, truth), 4 * epsilon * largest)
+>>>>>>> 7faf0a8 (Frames of a clip are typed by native kernels and held in memory that goes back to the system)
         if not error(mine, truth) <= allowed:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
             yield f"{name}[{index}] {mine.dtype} {shapes}: error {error(mine, truth):.3g}, allowed {allowed:.3g}"

@@ -229,7 +229,7 @@ def _handle(file: BinaryIO) -> Iterator[int]:
         yield file.fileno()
         return
     with os.fdopen(os.memfd_create("kvkeye-file", os.MFD_CLOEXEC), "w+b", buffering=0) as copy:
-        data = file.getbuffer()
+        data = memoryview(file.getvalue())  # getbuffer() would copy what the stream shares with its source
         while data:
             data = data[copy.write(data) :]
         copy.seek(0)
