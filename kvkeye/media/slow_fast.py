@@ -66,7 +66,8 @@ class Patches:
 def _published_cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The cosines as the reference sums them, in fp32; their rounding decides where the exact ones are too close."""
     first, second = (levels.float() / (levels.float().norm(dim=-1, keepdim=True) + 1e-8) for levels in (a, b))
-    return (first * second).sum(-1)
+    cosines: torch.Tensor = (first * second).sum(-1)
+    return cosines
 
 
 def slow_fast_sizes(

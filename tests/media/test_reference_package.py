@@ -1,7 +1,7 @@
 """Frame types, sizes and pixels against keye-vl-utils itself, where it can be imported.
 
 It is no part of the test extras because it needs torchvision and OpenCV; the vectors in `test_load` and `test_resize`
-were taken from it. `make peers` brings both versions; `KEYE_VL_UTILS=1.0.0` repeats Preview's half, 1.5's is the default.
+were taken from it. `make peers` brings both versions; 1.5's half runs by default, Preview's with `KEYE_VL_UTILS=1.0.0`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from kvkeye.media.options import MediaOptions
 from kvkeye.media.sampling import VideoPolicy
 from tests.samples import clip
 
-
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import _keye_vl_utils  # noqa: E402
+import _keye_vl_utils
 
 VERSION = os.environ.get("KEYE_VL_UTILS", "1.5.2")
 if not _keye_vl_utils.is_installed(VERSION):
