@@ -14,15 +14,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import itertools
 import statistics
 import struct
+import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,9 @@ from kvkeye.models.keye import KeyeProcessor
 from kvkeye.models.keye.config import KeyeConfig
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.testing.tiny import tiny_keye_config, write_tiny_checkpoint
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tests.media import corpus
 from tests.samples import clip, photo
 
 BAR = 1.5
@@ -81,22 +87,37 @@ def ask(kind: str, *sources: bytes, **options: Any) -> list[Message]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
 
 
-def rows() -> dict[str, dict[str, list[Message] | None]]:
-    """Per row the sides: what is sent beside the text. With two files the first is sound and the second broken."""
+def padded(files: Iterable[tuple[str, bytes, str]], size: int) -> list[bytes]:
+    """The files of the hostile corpus, zeros behind them up to `size`: decoders stop before."""
+    return [data + bytes(size - len(data)) for _, data, _ in files if len(data) <= size]
+
+
+def rows() -> dict[str, dict[str, list[list[Message]]]]:
+    """Per row the sides: the requests sent beside the text, in turn. Of two sides the first is sound, the second broken."""
     small = {"max_pixels": 200_704}  # 256 tokens each
     eight = [picture(PHOTOGRAPHS[i % 5], (1280 - 8 * i, 960)) for i in range(8)]
     jpeg, png = picture("coffee.png"), picture("coffee.png", kind="PNG")
     mp4 = clip("bikes.mp4").read_bytes()
     film = {"fps": 1.0, "max_pixels": 100_352}
+    pictures = padded([*corpus.bombs(), *corpus.disguised("image")], len(jpeg))
+    clips = padded([*corpus.disguised("video"), *corpus.movies_that_lie()], len(mp4))
     return {
-        "alone": {"alone": None},
-        "eight": {"8 pictures": ask("image", *eight, **small)},
+        "alone": {"alone": []},
+        "eight": {"8 pictures": [ask("image", *eight, **small)]},
         "jpeg": {
-            "sound JPEG": ask("image", jpeg, **small),
-            "truncated JPEG": ask("image", truncated_jpeg(len(jpeg)), **small),
+            "sound JPEG": [ask("image", jpeg, **small)],
+            "truncated JPEG": [ask("image", truncated_jpeg(len(jpeg)), **small)],
         },
-        "png": {"sound PNG": ask("image", png, **small), "PNG bomb": ask("image", png_bomb(len(png)), **small)},
-        "mp4": {"sound MP4": ask("video", mp4, **film), "broken MP4": ask("video", broken_mp4(mp4), **film)},
+        "png": {"sound PNG": [ask("image", png, **small)], "PNG bomb": [ask("image", png_bomb(len(png)), **small)]},
+        "mp4": {"sound MP4": [ask("video", mp4, **film)], "broken MP4": [ask("video", broken_mp4(mp4), **film)]},
+        "corpus of pictures": {
+            "sound JPEG": [ask("image", jpeg, **small)],
+            "hostile pictures": [ask("image", data, **small) for data in pictures],
+        },
+        "corpus of clips": {
+            "sound MP4": [ask("video", mp4, **film)],
+            "hostile clips": [ask("video", data, **film) for data in clips],
+        },
     }
 
 
@@ -135,10 +156,10 @@ class Watched:
         return found
 
 
-async def beside(served: AsyncEngine, messages: list[Message] | None, tally: dict[str, int]) -> None:
-    """Sends the same request again and again; the first answer token is waited for."""
+async def beside(served: AsyncEngine, requests: list[list[Message]], tally: dict[str, int]) -> None:
+    """Sends the requests in turn, again and again; each answer is waited for."""
     sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    while messages is not None:
+    for messages in itertools.cycle(requests):
         try:
             async for _ in served.generate(messages, sampling):
                 pass
@@ -147,12 +168,12 @@ async def beside(served: AsyncEngine, messages: list[Message] | None, tally: dic
             tally["refused"] = tally.get("refused", 0) + 1
 
 
-async def measure(watched: Watched, messages: list[Message] | None, num_tokens: int) -> dict[str, Any]:
+async def measure(watched: Watched, requests: list[list[Message]], num_tokens: int) -> dict[str, Any]:
     """Gaps of one text answer of `num_tokens` tokens, in seconds."""
     tally: dict[str, int] = {}
     async with AsyncEngine(engine=watched.engine) as served:
-        other = asyncio.create_task(beside(served, messages, tally))
-        while messages is not None and not tally:  # worker processes start with the first
+        other = asyncio.create_task(beside(served, requests, tally))
+        while requests and not tally:  # worker processes start with the first
             if other.done():
                 other.result()
             await asyncio.sleep(0.01)
@@ -168,12 +189,12 @@ async def measure(watched: Watched, messages: list[Message] | None, num_tokens: 
     return {"p50": statistics.median(gaps), "p99": gaps[int(0.99 * len(gaps))], "max": gaps[-1]} | tally
 
 
-def run_row(watched: Watched, sides: dict[str, list[Message] | None], rounds: int, num_tokens: int) -> dict[str, Any]:
+def run_row(watched: Watched, sides: dict[str, list[list[Message]]], rounds: int, num_tokens: int) -> dict[str, Any]:
     """{side: medians over rounds}, the sides taking turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, messages in sides.items():
-            found[name].append(asyncio.run(measure(watched, messages, num_tokens)))
+        for name, requests in sides.items():
+            found[name].append(asyncio.run(measure(watched, requests, num_tokens)))
     names: Callable[[list[dict[str, Any]]], set[str]] = lambda runs: {key for run in runs for key in run}  # noqa: E731
     return {
         side: {key: statistics.median(run.get(key, 0) for run in runs) for key in sorted(names(runs))}
