@@ -19,6 +19,7 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
                           frequency, history, cu_history, num_prompt, seeds, positions, sample_index);
   const Tensor bits = mask.has_value() ? allowed(kOp, *mask, rows, vocabulary) : settings.history;
   const Tensor tokens = empty(settings.seeds, {rows});
+  const int64_t longest = settings.longest_history();
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
     SampleParams<T> params{};
@@ -28,7 +29,7 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
     params.tokens = write<int64_t>(tokens);
     params.logits_stride = table.stride;
     for_items(rows, 16 * vocabulary, [&](int64_t begin, int64_t end) {
-      const Workspace workspace(vocabulary);
+      const Workspace workspace(vocabulary, longest);
       SampleParams<T> mine = params;
       workspace.lend(mine);
       cpu::sample(mine, begin, end);

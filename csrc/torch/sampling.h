@@ -96,18 +96,19 @@ struct Settings {
 
 // Working memory of one thread.
 struct Workspace {
+  std::unique_ptr<uint32_t[]> words;
+  std::unique_ptr<float[]> peaks;
+  std::unique_ptr<PastToken[]> past;
+  std::unique_ptr<Candidate[]> penalised, candidates;
   std::unique_ptr<double[]> row;
-  std::unique_ptr<Candidate[]> candidates;
-  std::unique_ptr<int32_t[]> counts;
 
-  explicit Workspace(int64_t vocabulary)
-      : row(new double[vocabulary]), candidates(new Candidate[vocabulary]),
-        counts(new int32_t[vocabulary]()) {}
+  Workspace(int64_t vocabulary, int64_t longest_history)
+      : words(new uint32_t[(vocabulary + 31) / 32]), peaks(new float[2 * blocks_of(vocabulary, kScanBlock)]),
+        past(new PastToken[past_places(longest_history)]), penalised(new Candidate[longest_history]),
+        candidates(new Candidate[vocabulary]), row(new double[vocabulary]) {}
 
   template <class T> void lend(SampleParams<T>& params) const {
-    params.row = row.get();
-    params.candidates = candidates.get();
-    params.counts = counts.get();
+    params.work = {words.get(), peaks.get(), past.get(), penalised.get(), candidates.get(), row.get()};
   }
 };
 

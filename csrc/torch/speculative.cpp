@@ -79,7 +79,7 @@ verify_draft(const Tensor& logits, const Tensor& draft_tokens, const Tensor& tre
     params.rows = write<int64_t>(from);
     params.counts = write<int64_t>(counts);
     for_items(trees, 32 * vocabulary, [&](int64_t begin, int64_t end) {
-      const Workspace workspace(vocabulary);
+      const Workspace workspace(vocabulary, longest);
       const std::unique_ptr<int32_t[]> past(new int32_t[longest]);
       VerifyDraftParams<T> mine = params;
       workspace.lend(mine.sample);

@@ -1,13 +1,20 @@
 // Drawing the next token. Items are rows.
 #pragma once
 
+#include "kvkeye/common/blocks.h"
 #include "kvkeye/common/kernel.h"
 
 namespace kvkeye {
 
+// A token with its logit, later its probability (relative to the most likely token's).
 struct Candidate {
-  double probability;
+  double value;
   int32_t id;
+};
+
+// How often a token of the history occurs in the output; id is -1 in a free place.
+struct PastToken {
+  int32_t id, count;
 };
 
 // Tokens proposed for a row, in order, each drawn from `probability` without those before it.
@@ -16,6 +23,26 @@ struct Drafts {
   const int64_t* tokens;    // [count]
   int count;
 };
+
+static constexpr int64_t kScanBlock = 64; // logits whose maximum is kept
+
+// Working memory of one thread. `row` is touched only where the whole vocabulary takes part.
+struct SampleWorkspace {
+  uint32_t* words;       // [ceil(vocabulary / 32)], bits of the tokens that are read as they are
+  float* peaks;          // [2, ceil(vocabulary / kScanBlock)]
+  PastToken* past;       // [past_places(longest history)]
+  Candidate* penalised;  // [longest history]
+  Candidate* candidates; // [vocabulary]
+  double* row;           // [vocabulary]
+};
+
+// Places of the hash table for so many tokens: a power of two, half of them free.
+constexpr int64_t past_places(int64_t tokens) {
+  int64_t places = 2;
+  while (places < 2 * tokens)
+    places *= 2;
+  return places;
+}
 
 // Order: mask, penalties, temperature, top-k, top-p, min-p, inverse CDF in vocabulary order; fp64 throughout.
 template <class T> struct SampleParams {
@@ -29,10 +56,7 @@ template <class T> struct SampleParams {
   Drafts drafts;                                    // of the row; B is 1 then
   int64_t* tokens;                                  // [B]; -1 where nothing can be drawn
   int64_t vocabulary, logits_stride;
-  // Working memory, one set per thread.
-  double* row;           // [vocabulary]
-  Candidate* candidates; // [vocabulary]
-  int32_t* counts;       // [vocabulary], zero before and after a call
+  SampleWorkspace work;
 };
 
 KVKEYE_KERNEL(sample, SampleParams)

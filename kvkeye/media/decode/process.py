@@ -20,8 +20,10 @@ from kvkeye.media.limits import MediaLimits
 
 log = logging.getLogger("kvkeye.media")
 
+# Threads of a step wait for one another; one that shares its core with a decoder would hold up the rest at every turn.
+NICE = 10
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    f"import json, os, sys; os.nice({NICE}); sys.path[:] = json.loads(sys.argv[2]); "
     "from kvkeye.media.decode.worker import main; main(int(sys.argv[1]))"
 )
 START_SECONDS = 120.0

@@ -16,12 +16,12 @@ _DEFAULTS: dict[str, tuple[float, torch.dtype]] = {
 }  # fmt: skip
 
 
-def _call(sample: Sample, logits: torch.Tensor, mask: torch.Tensor | None = None, **given: Any) -> tuple[Any, ...]:
+def _call(sample: Sample, logits: torch.Tensor, mask: torch.Tensor | None = None, past: int = 3, **given: Any) -> tuple[Any, ...]:
     batch, vocabulary = logits.shape
     settings = [
         sample.tensor([given.get(name, default)] * batch, dtype) for name, (default, dtype) in _DEFAULTS.items()
     ]
-    lengths = [3 * (b % 3) for b in range(batch)]
+    lengths = [past * (b % 3) for b in range(batch)]
     history = sample.integers(0, vocabulary, sum(lengths), dtype=torch.int32)
     bounds = sample.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], torch.int32)
     return (
@@ -57,8 +57,19 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Case("mask", _call(sample, sample(5, 40, scale=2.0), mask))
     if sample.big:
         cost = Cost(bytes=8 * 151936 * sample.itemsize)
-        args = _call(sample, sample(8, 151936, scale=3.0), temperature=0.6, top_k=20, top_p=0.95)
-        yield Case("8x151936", args, cost, small=False, bench=True)
+        logits = sample(8, 151936, scale=3.0)
+        some = sample.integers(-(2**31), 2**31, 8, 4748, dtype=torch.int32)
+        penalties = {"repetition": 1.1, "presence": 0.5, "frequency": 0.2}
+        full: dict[str, dict[str, Any]] = {
+            "": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            "_all": {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01, **penalties, "past": 2000},
+            "_greedy": {"temperature": 0.0},
+            "_plain": {},
+            "_top_p": {"top_p": 0.95},
+        }
+        for name, given in full.items():
+            args = _call(sample, logits, some if name == "_all" else None, **given)
+            yield Case(f"8x151936{name}", args, cost, small=False, bench=True)
     good = list(_call(sample, sample(2, 40)))
     yield Bad("logits", (sample(40), *good[1:]), "expected [B, V]")
     yield Bad("temperature", (good[0], good[1].double(), *good[2:]), "temperature is")

@@ -1,0 +1,234 @@
+// Draws in which the whole vocabulary takes part: all probabilities in fp64, in vectors.
+//
+// Truncation marks a dropped token with -inf. A histogram over the leading bits of the probabilities shows in
+// which bucket a cut falls; only that one is ranked.
+#pragma once
+
+#include "sampling_rank.h"
+#include "sampling_scan.h"
+
+namespace kvkeye::KVKEYE_ISA {
+namespace {
+
+constexpr double kDropped = -INFINITY;
+constexpr int kDoubles = kLanes / 2;
+
+typedef double Vd __attribute__((vector_size(kLanes * 4)));
+typedef int64_t Vl __attribute__((vector_size(kLanes * 4)));
+typedef float Vnarrow __attribute__((vector_size(kLanes * 2)));
+
+KVKEYE_INLINE Vd splat_double(double value) {
+  return value - Vd{};
+}
+
+KVKEYE_INLINE Vd fma(Vd a, Vd b, Vd c) {
+#if defined(__AVX512F__)
+  return (Vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// exp(x) to about an ulp, exactly 1 at 0: x = n ln2 + r, a Taylor polynomial of degree 13 in r (remainder
+// 4e-18), 2^n in two halves. NaN gives 0: it comes of -inf over an infinite temperature.
+KVKEYE_INLINE Vd exp(Vd x) {
+  const double magic = 0x1.8p52; // adding it rounds to an integer
+  const Vd low = splat_double(-750.0), high = splat_double(710.0);
+  const Vd bounded = x > low ? x : low, clamped = bounded < high ? bounded : high;
+  const Vd shifted = fma(clamped, splat_double(1.4426950408889634), splat_double(magic));
+  const Vd n = shifted - magic;
+  Vd r = fma(n, splat_double(-6.93147180369123816490e-01), clamped); // the leading 32 bits of ln2
+  r = fma(n, splat_double(-1.90821492927058770002e-10), r);
+  constexpr double kInverseFactorials[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+                                           1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
+                                           1.0 / 24,        1.0 / 6,        1.0 / 2};
+  Vd sum = splat_double(1.0 / 6227020800);
+  for (const double term : kInverseFactorials)
+    sum = fma(sum, r, splat_double(term));
+  sum = fma(sum * r, r, r) + 1.0;
+  const Vl exponent = (Vl)shifted - (Vl)splat_double(magic), half = exponent >> 1;
+  const Vd value = sum * (Vd)((half + 1023) << 52) * (Vd)((exponent - half + 1023) << 52);
+  return x == x ? value : Vd{};
+}
+
+KVKEYE_INLINE double exp_of(double x) {
+  return exp(splat_double(x))[0];
+}
+
+// probability[i] = e^(logit / temperature - offset); 0 for what is hidden.
+template <class T>
+void fill_probabilities(const Row<T>& row, double temperature, double offset, double* out) {
+  for_vectors(row.size, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+    float logit[kLanes];
+    double probability[kLanes];
+    store(logit, row.read(i, lanes));
+    for (int half = 0; half < 2; ++half) {
+      Vnarrow part;
+      std::memcpy(&part, logit + half * kDoubles, sizeof part);
+      const Vd value = exp(__builtin_convertvector(part, Vd) / temperature - offset);
+      std::memcpy(probability + half * kDoubles, &value, sizeof value);
+    }
+    std::memcpy(out + i, probability, lanes * sizeof(double));
+  });
+}
+
+// Top-p over `size` candidates and nothing else.
+KVKEYE_INLINE void keep_share_in(double* row, Candidate* c, int64_t size, double share) {
+  for (int64_t i = 0; i < size; ++i)
+    row[c[i].id] = kDropped;
+  const int64_t kept = keep_share(c, size, share);
+  for (int64_t i = 0; i < kept; ++i)
+    row[c[i].id] = c[i].value;
+}
+
+KVKEYE_INLINE void drop(double* row, const Candidate* c, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    row[c[i].id] = kDropped;
+}
+
+// Buckets of falling probability: 64 per power of two from 1 down to 2^-64, the last one for all that is
+// less.
+
+constexpr int kBuckets = 4096;
+
+struct Bucket {
+  double mass;
+  int64_t count;
+};
+
+KVKEYE_INLINE int bucket_of(double probability) {
+  const double one = 1.0;
+  int64_t bits, top;
+  std::memcpy(&bits, &probability, sizeof bits);
+  std::memcpy(&top, &one, sizeof top);
+  const int64_t distance = (top >> 46) - (bits >> 46);
+  return distance < 0 ? 0 : distance < kBuckets ? (int)distance : kBuckets - 1;
+}
+
+// Candidates whose bucket lies in [first, last].
+KVKEYE_INLINE int64_t gather(const double* row, int64_t size, int first, int last, Candidate* c) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    c[found] = {row[i], (int32_t)i};
+    const int bucket = bucket_of(row[i]);
+    found += bucket >= first && bucket <= last;
+  }
+  return found;
+}
+
+KVKEYE_INLINE void drop_below(double* row, int64_t size, int bucket) {
+  for (int64_t i = 0; i < size; ++i)
+    row[i] = bucket_of(row[i]) > bucket ? kDropped : row[i];
+}
+
+void keep_first(double* row, Candidate* c, int64_t size, const Bucket* buckets, int64_t top_k, double top_p) {
+  int bucket = 0;
+  int64_t above = 0;
+  for (; above + buckets[bucket].count < top_k; ++bucket)
+    above += buckets[bucket].count;
+  const bool share = top_p < 1.0; // needs all that is kept, ranked
+  const int64_t found = gather(row, size, share ? 0 : bucket, bucket, c),
+                kept = share ? top_k : top_k - above;
+  drop_below(row, size, bucket);
+  select<ByRank>(c, found, kept);
+  drop(row, c, kept, found);
+  if (share)
+    keep_share_in(row, c, kept, top_p);
+}
+
+// Top-p over the whole vocabulary. The mass before a bucket is not summed in the order of rank, so a
+// comparison closer than the rounding errors is left to keep_share.
+void keep_share_of_all(double* row, Candidate* c, int64_t size, const Bucket* buckets, double share) {
+  double total = 0.0, mass = 0.0;
+  for (int i = 0; i < kBuckets; ++i)
+    total += buckets[i].mass;
+  const double doubt = 4.0 * 0x1p-52 * (double)size * total;
+  bool first = true;
+  for (int bucket = 0; bucket < kBuckets; ++bucket) {
+    if (mass + buckets[bucket].mass < share * total - doubt) {
+      mass += buckets[bucket].mass;
+      first = first && buckets[bucket].count == 0;
+      continue;
+    }
+    const int64_t found = gather(row, size, bucket, bucket, c);
+    sort<ByRank>(c, found);
+    for (int64_t i = 0; i < found; ++i, first = false) {
+      const double distance = mass - share * total;
+      if (!(fabs(distance) > doubt))
+        return keep_share_in(row, c, gather(row, size, 0, kBuckets - 1, c), share);
+      if (!first && distance > 0.0) {
+        drop_below(row, size, bucket);
+        return drop(row, c, i, found);
+      }
+      mass += c[i].value;
+    }
+  }
+}
+
+KVKEYE_INLINE void truncate(double* row, Candidate* c, int64_t size, int64_t top_k, double top_p) {
+  const bool some = top_k > 0 && top_k < size;
+  if (!some && !(top_p < 1.0))
+    return;
+  Bucket buckets[kBuckets] = {};
+  for (int64_t i = 0; i < size; ++i) {
+    Bucket& bucket = buckets[bucket_of(row[i])];
+    bucket.mass += row[i];
+    bucket.count += 1;
+  }
+  if (some)
+    keep_first(row, c, size, buckets, top_k, top_p);
+  else
+    keep_share_of_all(row, c, size, buckets, top_p);
+}
+
+constexpr int64_t kMassBlock = 512; // tokens whose masses are added first
+
+// The mass of [begin, end), without what lies below min_p.
+KVKEYE_INLINE double mass_of(const double* row, int64_t begin, int64_t end, double min_p) {
+  Vd sums[4] = {};
+  int64_t i = begin;
+  for (; i + 4 * kDoubles <= end; i += 4 * kDoubles)
+    for (int part = 0; part < 4; ++part) {
+      Vd value;
+      std::memcpy(&value, row + i + part * kDoubles, sizeof value);
+      sums[part] += value >= min_p ? value : Vd{};
+    }
+  const Vd sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0.0;
+  for (int lane = 0; lane < kDoubles; ++lane)
+    total += sum[lane];
+  for (; i < end; ++i)
+    total += row[i] >= min_p ? row[i] : 0.0;
+  return total;
+}
+
+// The first token whose cumulated mass exceeds u times the total; masses add up in blocks.
+KVKEYE_INLINE int64_t invert(const double* row, int64_t size, double min_p, double u) {
+  double total = 0.0, mass = 0.0;
+  for (int64_t first = 0; first < size; first += kMassBlock)
+    total += mass_of(row, first, first + kMassBlock < size ? first + kMassBlock : size, min_p);
+  int64_t last = -1;
+  for (int64_t first = 0; first < size; first += kMassBlock) {
+    const int64_t end = first + kMassBlock < size ? first + kMassBlock : size;
+    const double block = mass_of(row, first, end, min_p);
+    const bool is_inside = mass + block > u * total;
+    double inner = mass;
+    for (int64_t i = first; block > 0.0 && (is_inside || end == size) && i < end; ++i) {
+      if (!(row[i] >= min_p && row[i] > 0.0))
+        continue;
+      inner += row[i];
+      last = i;
+      if (is_inside && inner > u * total)
+        return i;
+    }
+    if (is_inside) // by the order of the sums only
+      return last;
+    mass += block;
+  }
+  return last;
+}
+
+} // namespace
+} // namespace kvkeye::KVKEYE_ISA
