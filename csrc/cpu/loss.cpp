@@ -28,7 +28,7 @@ template <class T> KVKEYE_INLINE Denominator denominator(const T* row, int64_t s
     peak = value > peak ? value : peak;
   }
   const float total = sum_vectors(size, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    return keep(exp(load(row + i, lanes) - peak), lanes);
+    return keep(exp_or_zero(load(row + i, lanes) - peak), lanes);
   });
   return {peak, total};
 }
@@ -50,8 +50,9 @@ template <class T> void token_logprobs_backward(const TokenLogprobsParams<T>& p,
     const Denominator d = denominator(logits, p.vocabulary);
     const int64_t target = p.targets[row];
     const float grad = p.grad[row];
-    const auto softmax = [&](int64_t i, int lanes)
-                             KVKEYE_LAMBDA { return exp(load(logits + i, lanes) - d.peak) / d.total; };
+    const auto softmax = [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+      return exp_or_zero(load(logits + i, lanes) - d.peak) / d.total;
+    };
     for_vectors(p.vocabulary, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
       store(grad_logits + i, -grad * softmax(i, lanes), lanes);
     });

@@ -1,26 +1,36 @@
 // Rotary embeddings, alone and fused with the norm of queries and keys, forward and backward.
 #include "kvkeye/rope.h"
-#include "kvkeye/common/simd.h"
+#include "kvkeye/common/simd_double.h"
 
 #include <cmath>
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
-// cos and sin of one token, [dim / 2] each.
+// cos and sin of one token, [dim / 2] each, with room to store whole vectors.
 struct Turn {
   float cos[kMaxHeadDim / 2], sin[kMaxHeadDim / 2];
 };
+static_assert(kMaxHeadDim / 2 % kLanes == 0, "whole vectors");
 
 KVKEYE_INLINE void turn_of(const SectionedAngles& angles, int64_t token, Turn& turn) {
-  int64_t i = 0;
+  float angle[kMaxHeadDim / 2];
+  int64_t size = 0;
   for (int axis = 0; axis < 3; ++axis) {
     const float position = (float)angles.positions[axis * angles.tokens + token];
-    for (const int64_t end = i + angles.sections[axis]; i < end; ++i) {
-      const float angle = position * angles.frequency[i];
-      turn.cos[i] = std::cos(angle);
-      turn.sin[i] = std::sin(angle);
-    }
+    for (const int64_t end = size + angles.sections[axis]; size < end; ++size)
+      angle[size] = position * angles.frequency[size];
+  }
+  for (int64_t i = size; i % kDoubles != 0; ++i)
+    angle[i] = 0.0f;
+  for (int64_t i = 0; i < size; i += kDoubles) {
+    Vnarrow part;
+    std::memcpy(&part, angle + i, sizeof part);
+    const SineCosine found = sine_cosine(__builtin_convertvector(part, Vd));
+    const Vnarrow sine = __builtin_convertvector(found.sine, Vnarrow),
+                  cosine = __builtin_convertvector(found.cosine, Vnarrow);
+    std::memcpy(turn.sin + i, &sine, sizeof sine);
+    std::memcpy(turn.cos + i, &cosine, sizeof cosine);
   }
 }
 

@@ -4,6 +4,7 @@
 // which bucket a cut falls; only that one is ranked.
 #pragma once
 
+#include "kvkeye/common/simd_double.h"
 #include "sampling_rank.h"
 #include "sampling_scan.h"
 
@@ -11,48 +12,7 @@ namespace kvkeye::KVKEYE_ISA {
 namespace {
 
 constexpr double kDropped = -INFINITY;
-constexpr int kDoubles = kLanes / 2;
-
-typedef double Vd __attribute__((vector_size(kLanes * 4)));
-typedef int64_t Vl __attribute__((vector_size(kLanes * 4)));
-typedef float Vnarrow __attribute__((vector_size(kLanes * 2)));
-
-KVKEYE_INLINE Vd splat_double(double value) {
-  return value - Vd{};
-}
-
-KVKEYE_INLINE Vd fma(Vd a, Vd b, Vd c) {
-#if defined(__AVX512F__)
-  return (Vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-  return (Vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
-#endif
-}
-
-// exp(x) to about an ulp, exactly 1 at 0: x = n ln2 + r, a Taylor polynomial of degree 13 in r (remainder
-// 4e-18), 2^n in two halves. NaN gives 0: it comes of -inf over an infinite temperature.
-KVKEYE_INLINE Vd exp(Vd x) {
-  const double magic = 0x1.8p52; // adding it rounds to an integer
-  const Vd low = splat_double(-750.0), high = splat_double(710.0);
-  const Vd bounded = x > low ? x : low, clamped = bounded < high ? bounded : high;
-  const Vd shifted = fma(clamped, splat_double(1.4426950408889634), splat_double(magic));
-  const Vd n = shifted - magic;
-  Vd r = fma(n, splat_double(-6.93147180369123816490e-01), clamped); // the leading 32 bits of ln2
-  r = fma(n, splat_double(-1.90821492927058770002e-10), r);
-  constexpr double kInverseFactorials[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                           1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
-                                           1.0 / 24,        1.0 / 6,        1.0 / 2};
-  Vd sum = splat_double(1.0 / 6227020800);
-  for (const double term : kInverseFactorials)
-    sum = fma(sum, r, splat_double(term));
-  sum = fma(sum * r, r, r) + 1.0;
-  const Vl exponent = (Vl)shifted - (Vl)splat_double(magic), half = exponent >> 1;
-  const Vd value = sum * (Vd)((half + 1023) << 52) * (Vd)((exponent - half + 1023) << 52);
-  return x == x ? value : Vd{};
-}
-
+// NaN gives 0: it comes of -inf over an infinite temperature.
 KVKEYE_INLINE double exp_of(double x) {
   return exp(splat_double(x))[0];
 }

@@ -53,6 +53,10 @@ KVKEYE_INLINE Vf widen(Vh bits) {
 
 // Round to nearest, ties to even; a NaN stays a quiet NaN.
 KVKEYE_INLINE Vh narrow(Vf value) {
+#if defined(__AVX512F__) // the instruction takes subnormal values for zero; they are rare
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)value, 0x20) == 0, 1))
+    return (Vh)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)value);
+#endif
   const Vu bits = (Vu)value;
   const Vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vu quiet = Vu{} + 0x7fc0u;
@@ -201,14 +205,12 @@ KVKEYE_INLINE float largest(Vf value) {
   return reduce(value, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// exp(x), at most 2 ulp: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial of degree 7 in r (remainder
-// 5e-9), and 2^n applied in two halves so that subnormal results are reached. exp(-inf) = 0, exp(inf) = inf,
-// NaN stays.
-KVKEYE_INLINE Vf exp(Vf x) {
-  const Vf clamped = max(splat(-104.0f), min(splat(89.0f), x)); // in this order a NaN passes
-  const Vf magic = splat(12582912.0f);                          // 1.5 * 2^23: adding it rounds to an integer
-  const Vf n = fma(clamped, splat(1.44269504088896341f), magic) - magic;
-  Vf r = fma(n, splat(-0.693359375f), clamped);
+// exp(x) for x in [-104, 89], at most 2 ulp: x = n ln2 + r with |r| <= ln2 / 2, a Taylor polynomial of degree
+// 7 in r (remainder 5e-9), and 2^n applied in two halves so that subnormal results are reached. NaN stays.
+KVKEYE_INLINE Vf exp_between(Vf x) {
+  const Vf magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  const Vf n = fma(x, splat(1.44269504088896341f), magic) - magic;
+  Vf r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440054690583e-4f), r);
   Vf p = splat(1.0f / 5040.0f);
   p = fma(p, r, splat(1.0f / 720.0f));
@@ -224,6 +226,17 @@ KVKEYE_INLINE Vf exp(Vf x) {
   const Vi low = exponent >> 1;
   return p * (Vf)((low + 127) << 23) * (Vf)((exponent - low + 127) << 23);
 #endif
+}
+
+// The same for every x: exp(-inf) = 0, exp(inf) = inf.
+KVKEYE_INLINE Vf exp(Vf x) {
+  return exp_between(max(splat(-104.0f), min(splat(89.0f), x))); // in this order a NaN passes
+}
+
+// exp(x) for x <= 0, 0 below -87: subnormal results take a processor many times as long.
+KVKEYE_INLINE Vf exp_or_zero(Vf x) {
+  const Vf value = exp_between(max(splat(-87.0f), x));
+  return x < -87.0f ? Vf{} : value;
 }
 
 // Lanes from `count` on made zero: a partial load reads zeros there, but arithmetic may have changed them.
