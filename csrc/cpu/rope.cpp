@@ -75,10 +75,6 @@ KVKEYE_INLINE void norm_and_turn(const T* x, const T* weight, const Turn& turn, 
   turn_head(normed, turn.cos, turn.sin, false, dim / 2, y);
 }
 
-template <class T> KVKEYE_INLINE void copy_head(const T* x, int64_t dim, T* y) {
-  for_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA { store(y + i, load(x + i, lanes), lanes); });
-}
-
 // Keys of one token to their output or, with the values, to their slot.
 template <class T>
 KVKEYE_INLINE void write_keys(const QkNormMropeParams<T>& p, int64_t token, const T* keys, const Turn& turn) {
@@ -94,7 +90,7 @@ KVKEYE_INLINE void write_keys(const QkNormMropeParams<T>& p, int64_t token, cons
     }
     const int64_t row = (slot / p.block_size * p.num_kv_heads + head) * p.block_size + slot % p.block_size;
     norm_and_turn(key, p.k_weight, turn, p.dim, p.eps, p.k_cache + row * p.dim);
-    copy_head(key + p.num_kv_heads * p.dim, p.dim, p.v_cache + row * p.dim);
+    std::memcpy(p.v_cache + row * p.dim, key + p.num_kv_heads * p.dim, p.dim * sizeof(T));
   }
 }
 

@@ -13,8 +13,10 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         yield Case(f"{rows}x{width}", (sample(rows, width, scale=3.0),))
     yield Case("extreme", (sample(4, 64, scale=60.0),))
     if sample.big:
-        x = sample(1024, 6144)
-        yield Case("1024x6144", (x,), Cost(bytes=3 * x.numel() // 2 * sample.itemsize), small=False, bench=True)
+        for rows in (1024, 4096):  # the second one is larger than the caches
+            x = sample(rows, 6144)
+            cost = Cost(bytes=3 * x.numel() // 2 * sample.itemsize)
+            yield Case(f"{rows}x6144", (x,), cost, small=False, bench=True)
     yield Bad("odd", (sample(2, 7),), "even size")
 
 
@@ -26,6 +28,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
             yield Case(f"{name}_{'x'.join(map(str, shape))}", (sample(*shape, scale=2.0), tanh))
         yield Case(f"{name}_extreme", (sample(4, 64, scale=40.0), tanh))
         if sample.big:
-            x = sample(1024, 4304)
-            cost = Cost(bytes=2 * x.numel() * sample.itemsize)
-            yield Case(f"{name}_1024x4304", (x, tanh), cost, small=False, bench=True)
+            for rows in (1024, 5476):  # the second one is larger than the caches
+                x = sample(rows, 4304)
+                cost = Cost(bytes=2 * x.numel() * sample.itemsize)
+                yield Case(f"{name}_{rows}x4304", (x, tanh), cost, small=False, bench=True)

@@ -25,11 +25,12 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         k, v = sample(tokens, heads, dim), sample(tokens, heads, dim)
         yield Case(f"T{tokens}_P{block_size}", (k, v, cache, cache * 2, _slots(sample, tokens, 9 * block_size)))
     if sample.big:
-        cache = sample(64, 8, 32, 128)
-        k, v = sample(1024, 8, 128), sample(1024, 8, 128)
-        cost = Cost(bytes=4 * k.numel() * sample.itemsize)
-        args = (k, v, cache, cache * 2, _slots(sample, 1024, 2048))
-        yield Case("T1024", args, cost, small=False, bench=True)
+        for tokens in (1024, 8192):  # the second one is larger than the caches
+            cache = sample(tokens // 16, 8, 32, 128)
+            k, v = sample(tokens, 8, 128), sample(tokens, 8, 128)
+            cost = Cost(bytes=4 * k.numel() * sample.itemsize)
+            args = (k, v, cache, cache * 2, _slots(sample, tokens, 2 * tokens))
+            yield Case(f"T{tokens}", args, cost, small=False, bench=True)
     small, slots = sample(2, 1, 4, 8), sample.integers(0, 8, 3)
     k, v = sample(3, 1, 8), sample(3, 1, 8)
     yield Bad("caches", (k, v, small, small[:1], slots), "expected twice [N, Hkv, P, D]")
@@ -47,10 +48,11 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         args = (*_projection(sample, tokens, num_q_heads, num_kv_heads), cache, cache * 2, slots, _SECTIONS, 1e6, 1e-6)
         yield Case(f"T{tokens}_{num_q_heads}q_{num_kv_heads}kv", args)
     if sample.big:
-        cache = sample(64, 8, 32, 128)
-        cost = Cost(bytes=2 * 1024 * 48 * 128 * sample.itemsize)
-        args = (*_projection(sample, 1024, 32, 8), cache, cache * 2, _slots(sample, 1024, 2048), _SECTIONS, 1e6, 1e-6)
-        yield Case("T1024_32q_8kv", args, cost, small=False, bench=True)
+        for tokens in (1024, 4096):
+            cache, slots = sample(tokens // 16, 8, 32, 128), _slots(sample, tokens, 2 * tokens)
+            cost = Cost(bytes=2 * tokens * 48 * 128 * sample.itemsize)
+            args = (*_projection(sample, tokens, 32, 8), cache, cache * 2, slots, _SECTIONS, 1e6, 1e-6)
+            yield Case(f"T{tokens}_32q_8kv", args, cost, small=False, bench=True)
     qkv, weight, other, positions = _projection(sample, 3, 2, 1)
     cache, slots, rest = sample(2, 1, 4, 128), sample.integers(0, 8, 3), (_SECTIONS, 1e6, 1e-6)
     pair = (cache, cache * 2)

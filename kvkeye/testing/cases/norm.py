@@ -14,6 +14,7 @@ def _sizes(sample: Sample) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         yield "x".join(map(str, shape)), shape, False
     if sample.big:
         yield "1024x4096", (1024, 4096), True
+        yield "4096x4096", (4096, 4096), True  # larger than the caches
 
 
 @cases("rms_norm")

@@ -17,10 +17,11 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         angle = sample.fp32(tokens, dim // 2, scale=20.0)
         yield Case(f"T{tokens}_H{heads}_D{dim}", (sample(tokens, heads, dim), angle.cos(), angle.sin()))
     if sample.big:
-        angle = sample.fp32(4096, 36, scale=20.0)
-        x = sample(4096, 16, 72)
-        cost = Cost(bytes=2 * x.numel() * sample.itemsize)
-        yield Case("T4096_H16_D72", (x, angle.cos(), angle.sin()), cost, small=False, bench=True)
+        for tokens in (4096, 16384):  # the second one is larger than the caches
+            angle = sample.fp32(tokens, 36, scale=20.0)
+            x = sample(tokens, 16, 72)
+            cost = Cost(bytes=2 * x.numel() * sample.itemsize)
+            yield Case(f"T{tokens}_H16_D72", (x, angle.cos(), angle.sin()), cost, small=False, bench=True)
     angle = sample.fp32(4, 36)
     yield Bad("two_axes", (sample(4, 8), angle.cos(), angle.sin()), "expected [T, H, D]")
     yield Bad("short_table", (sample(4, 2, 72), angle[:3].cos(), angle[:3].sin()), "expected [4, 36]")
@@ -36,9 +37,11 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         x = sample(tokens, heads, 2 * sum(sections))
         yield Case(f"T{tokens}_H{heads}_{sections}", (x, _positions(sample, tokens), sections, 1e6))
     if sample.big:
-        x = sample(1024, 32, 128)
-        cost = Cost(bytes=2 * x.numel() * sample.itemsize)
-        yield Case("T1024_H32_D128", (x, _positions(sample, 1024), _SECTIONS, 1e6), cost, small=False, bench=True)
+        for tokens in (1024, 4096):
+            x = sample(tokens, 32, 128)
+            cost = Cost(bytes=2 * x.numel() * sample.itemsize)
+            args = (x, _positions(sample, tokens), _SECTIONS, 1e6)
+            yield Case(f"T{tokens}_H32_D128", args, cost, small=False, bench=True)
     yield Bad("two_axes", (sample(4, 128), _positions(sample, 4), _SECTIONS, 1e6), "expected [T, H, D]")
     yield Bad("positions", (sample(4, 1, 128), _positions(sample, 3), _SECTIONS, 1e6), "expected int64 [3, 4]")
     yield Bad("sections", (sample(4, 1, 128), _positions(sample, 4), [16, 24], 1e6), "sum to half of D = 128")
@@ -52,9 +55,10 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
             (*_projection(sample, tokens, num_q_heads, num_kv_heads), _SECTIONS, 1e6, 1e-6, num_kv_heads),
         )
     if sample.big:
-        cost = Cost(bytes=2 * 1024 * 40 * 128 * sample.itemsize)
-        args = (*_projection(sample, 1024, 32, 8), _SECTIONS, 1e6, 1e-6, 8)
-        yield Case("T1024_32q_8kv", args, cost, small=False, bench=True)
+        for tokens in (1024, 4096):
+            cost = Cost(bytes=2 * tokens * 40 * 128 * sample.itemsize)
+            args = (*_projection(sample, tokens, 32, 8), _SECTIONS, 1e6, 1e-6, 8)
+            yield Case(f"T{tokens}_32q_8kv", args, cost, small=False, bench=True)
     qkv, weight, other, positions = _projection(sample, 3, 2, 1)
     rest = (_SECTIONS, 1e6, 1e-6)
     yield Bad("width", (qkv[:, :-1], weight, other, positions, *rest, 1), "expected [T, (Hq + 2 x 1) x 128]")

@@ -53,8 +53,10 @@ KVKEYE_INLINE Vf widen(Vh bits) {
 
 // Round to nearest, ties to even; a NaN stays a quiet NaN.
 KVKEYE_INLINE Vh narrow(Vf value) {
-#if defined(__AVX512F__) // the instruction takes subnormal values for zero; they are rare
-  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)value, 0x20) == 0, 1))
+#if defined(__AVX512F__) // the instruction takes subnormal values for zero and keeps a NaN's digits; both are
+                         // rare
+  constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)value, kSubnormalOrNan) == 0, 1))
     return (Vh)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)value);
 #endif
   const Vu bits = (Vu)value;
