@@ -93,7 +93,7 @@ def padded(files: Iterable[tuple[str, bytes, str]], size: int) -> list[bytes]:
 
 
 def rows() -> dict[str, dict[str, list[list[Message]]]]:
-    """Per row the sides: the requests sent beside the text, in turn. Of two sides the first is sound, the second broken."""
+    """Per row the sides: the requests sent beside the text, in turn. Of two, the first is sound, the second broken."""
     small = {"max_pixels": 200_704}  # 256 tokens each
     eight = [picture(PHOTOGRAPHS[i % 5], (1280 - 8 * i, 960)) for i in range(8)]
     jpeg, png = picture("coffee.png"), picture("coffee.png", kind="PNG")

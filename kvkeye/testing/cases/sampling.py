@@ -16,7 +16,9 @@ _DEFAULTS: dict[str, tuple[float, torch.dtype]] = {
 }  # fmt: skip
 
 
-def _call(sample: Sample, logits: torch.Tensor, mask: torch.Tensor | None = None, past: int = 3, **given: Any) -> tuple[Any, ...]:
+def _call(
+    sample: Sample, logits: torch.Tensor, mask: torch.Tensor | None = None, past: int = 3, **given: Any
+) -> tuple[Any, ...]:
     batch, vocabulary = logits.shape
     settings = [
         sample.tensor([given.get(name, default)] * batch, dtype) for name, (default, dtype) in _DEFAULTS.items()
