@@ -14,7 +14,7 @@ from kvkeye.ops.attention import (
     varlen_attention,
     varlen_attention_backward,
 )
-<<<<<<< HEAD
+from kvkeye.ops.frames import hsv_patches, patch_products
 from kvkeye.ops.int8_linear import (
     dequantize_weight,
     int8_linear,
@@ -22,9 +22,6 @@ from kvkeye.ops.int8_linear import (
     int8_linear_silu_mul,
     quantize_weight,
 )
-=======
-from kvkeye.ops.frames import hsv_patches, patch_products
->>>>>>> 7faf0a8 (Frames of a clip are typed by native kernels and held in memory that goes back to the system)
 from kvkeye.ops.kv_cache import append_kv, copy_blocks, qk_norm_mrope_append
 from kvkeye.ops.linear import (
     pack_weight,
@@ -95,13 +92,10 @@ __all__ = [
     "fuse_tiles_backward",
     "gelu",
     "gelu_backward",
-<<<<<<< HEAD
+    "hsv_patches",
     "int8_linear",
     "int8_linear_add",
     "int8_linear_silu_mul",
-=======
-    "hsv_patches",
->>>>>>> 7faf0a8 (Frames of a clip are typed by native kernels and held in memory that goes back to the system)
     "interpolate_position",
     "interpolate_position_backward",
     "layer_norm",

@@ -210,11 +210,20 @@ def rollout(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "score_candidates", (x, v, 0.6, r.fp32(3, height, width), grid)
 
 
-<<<<<<< HEAD
-FAMILIES = (norm, activation, linear, int8_linear, rope, kv_cache, vision, attention_merge, loss, video_fusion, rollout)
-=======
-FAMILIES = (norm, activation, linear, rope, kv_cache, vision, frames, attention_merge, loss, video_fusion, rollout)
->>>>>>> 7faf0a8 (Frames of a clip are typed by native kernels and held in memory that goes back to the system)
+FAMILIES = (
+    norm,
+    activation,
+    linear,
+    int8_linear,
+    rope,
+    kv_cache,
+    vision,
+    frames,
+    attention_merge,
+    loss,
+    video_fusion,
+    rollout,
+)
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -254,13 +263,8 @@ def failures(name: str, args: tuple[Any, ...]) -> Iterator[str]:
             yield f"{name}[{index}] is {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} {tuple(theirs.shape)}"
             continue
         largest = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
-<<<<<<< HEAD
         eps = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
         allowed = max(2 * error(theirs, truth), 4 * eps * largest)
-=======
-        epsilon = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
-        allowed = max(2 * error(theirs, truth), 4 * epsilon * largest)
->>>>>>> 7faf0a8 (Frames of a clip are typed by native kernels and held in memory that goes back to the system)
         if not error(mine, truth) <= allowed:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
             yield f"{name}[{index}] {mine.dtype} {shapes}: error {error(mine, truth):.3g}, allowed {allowed:.3g}"
