@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
-from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, widen
+from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, reference_outputs, widen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Ops of a decode step that a graph captures.
@@ -36,8 +36,8 @@ def agrees(op: ops.Op, case: Case, implementation: str) -> str:
     if refusals:
         return f"refuse: {'; '.join(refusals)}"
     truth_arguments = case.args if op.name == "sample" else widen(case.args)
-    truth = outputs_of(op, copied(truth_arguments), "eager")
-    naive = outputs_of(op, copied(case.args), "eager")
+    truth = reference_outputs(op, copied(truth_arguments))
+    naive = reference_outputs(op, copied(case.args))
     first = outputs_of(op, copied(case.args), implementation)
     again = outputs_of(op, copied(case.args), implementation)
     for out, repeated, yard, exact in zip(first, again, naive, truth, strict=True):

@@ -101,7 +101,7 @@ class Op:
     saved: tuple[str, ...] = ()
     overload: Any = None
     #: What `select` found, where it follows from the specifications in force and the tensors' places and dtypes.
-    chosen: dict[Any, tuple[str, Callable[..., Any]]] = field(default_factory=dict)
+    chosen: dict[Any, Implementation] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
@@ -145,7 +145,7 @@ class Op:
         tensors = _tensors(args)
         key = _policy.specifications(), *((t.is_cpu, t.dtype) for t in tensors)
         if (known := self.chosen.get(key)) is not None:
-            return known
+            return known.name, known.call
         order = _policy.order(self.family, self.name, tensors[0].device.type if tensors else "cpu")
         for name in order.names:
             implementation = self.implementations.get(name)
@@ -157,7 +157,7 @@ class Op:
                 continue
             _policy.note(self.name, name, tensors)
             if name == "cpp" == order.names[0] and implementation is not None and implementation.refuses is None:
-                self.chosen[key] = name, call
+                self.chosen[key] = implementation
             return name, call
         raise UnsupportedError(f"no implementation accepts this call\n{self.explain(*args)}")
 

@@ -37,6 +37,12 @@ def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return mapped(Tensor.clone, args)
 
 
+def reference_outputs(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an op's body gives, its contract unasked (float64 arguments break some); then the arguments it changed."""
+    changed = tuple(args[op.parameters.index(name)] for name in op.mutates)
+    return tuple(r for r in as_tuple(op.reference(*args)) if r is not None) + changed
+
+
 def assert_close(out: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
     """Raises AssertionError that names the worst place.
 

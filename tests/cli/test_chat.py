@@ -15,6 +15,7 @@ from PIL import Image
 
 from kvkeye import LLM, SamplingParams
 from kvkeye.cli.terminal import printable
+from tests.cli.interrupts import heed_interrupts
 from tests.samples import photo
 
 WORDS = ("--temperature", "0", "--max-tokens", "10", "--dtype", "float32")
@@ -101,7 +102,7 @@ def test_interrupt_stops_the_answer_not_the_chat(model, tmp_path):
     endless = _never_ending(model, tmp_path)
     command = [sys.executable, "-m", "kvkeye", "chat", str(endless), "--max-tokens", "6000", "--seed", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, preexec_fn=_heed_interrupts) as process:
+    with subprocess.Popen(command, **pipes, preexec_fn=heed_interrupts) as process:
         try:
             process.stdin.write(b"Tell me a long story.\n")
             process.stdin.flush()
@@ -114,11 +115,6 @@ def test_interrupt_stops_the_answer_not_the_chat(model, tmp_path):
     assert "stopped" in err.decode() and "Traceback" not in err.decode()
     question, answer = saved(tmp_path / "chat.json")
     assert (question["role"], answer["role"]) == ("user", "assistant") and 0 < len(answer["content"]) < 6000
-
-
-def _heed_interrupts():
-    """A shell's background jobs ignore SIGINT, and their children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _never_ending(model, tmp_path):

@@ -65,7 +65,8 @@ def test_statistics_are_the_last_line(call, model, pictures):
     last = done.err.splitlines()[-1]
     found = re.fullmatch(
         r"prompt (\d+) tokens \(0 cached\), answer (\d+) \| media \d+ ms, vision \d+ ms, prefill \d+ ms, "
-        r"decode \d+ ms, [\d.]+ tokens/s",
+        r"decode \d+ ms, [\d.]+ tokens/s"
+        r"( \| [\d.]+ tokens per step, \d+ of \d+ proposals accepted \(by position [\d% ]+\), about -?\d+ ms saved)?",
         last,
     )
     assert found is not None, last

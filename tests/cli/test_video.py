@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from kvkeye.cli.video_models import number, spread
+from tests.cli.interrupts import heed_interrupts
 from tests.video import tiny
 
 SMALL = ("--height", "16", "--width", "16", "--fps", "8", "--steps", "3")
@@ -87,7 +88,8 @@ def test_image_to_video_by_tiles(call, i2v, picture, tmp_path):
 def kill_after(state: Path, words: list[object], number_of_signal: int) -> subprocess.Popen[str]:
     """Starts the command in its own process and signals it once `state` has appeared and been replaced."""
     command = [sys.executable, "-m", "kvkeye", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heed_interrupts)
     limit = time.monotonic() + 240
     while not state.exists() and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.005)

@@ -24,7 +24,7 @@ from kvkeye import ops
 from kvkeye.errors import UnsupportedError
 from kvkeye.ops import Op
 from kvkeye.testing.case import FAMILIES, Case, Sample, bad, good
-from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, widen
+from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, reference_outputs, widen
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,11 +110,6 @@ def call(op: Op, implementation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(r for r in as_tuple(result) if r is not None) + mutated
 
 
-def reference(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    mutated = tuple(args[op.parameters.index(name)] for name in op.mutates)
-    return tuple(r for r in as_tuple(op.reference(*args)) if r is not None) + mutated
-
-
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Every `empty`, in C++ too, comes filled with NaN (or the largest integer)."""
@@ -133,8 +128,8 @@ def test_values(op: Op, implementation: str, dtype: str, request: pytest.Fixture
     available(op, implementation)
 
     def body(case: Case, what: str) -> None:
-        naive = reference(op, copied(case.args))
-        truth = reference(op, widen(case.args)) if op.name != "sample" else naive
+        naive = reference_outputs(op, copied(case.args))
+        truth = reference_outputs(op, widen(case.args)) if op.name != "sample" else naive
         with poisoned_memory():
             out = call(op, implementation, copied(case.args))
         again = call(op, implementation, copied(case.args))
@@ -275,8 +270,8 @@ def test_views(op: Op, implementation: str, dtype: str, kind: str) -> None:
             assert implementation == "triton", f"{what}: {implementation} takes views"
             return
         if implementation == "eager":  # torch picks its kernels by stride
-            naive = reference(op, copied(case.args))
-            truth = reference(op, widen(case.args)) if op.name != "sample" else naive
+            naive = reference_outputs(op, copied(case.args))
+            truth = reference_outputs(op, widen(case.args)) if op.name != "sample" else naive
             for o, n, t in zip(out, naive, truth, strict=True):
                 assert_close(o, n, t, what)
             return

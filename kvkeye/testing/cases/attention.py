@@ -69,6 +69,9 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     # Two branches under a root, and a chain.
     mask = sample.tensor([0b0001, 0b0011, 0b0101, 0b1011, 0b001, 0b011, 0b111], torch.int64)
     yield Case("tree", (*args, mask, 128**-0.5))
+    q, k, v, *rest = _paged(sample, [9, 3], [2, 1], (2, 1), 4, 72)
+    wide = torch.cat((k, v), -1)  # keys and values of a token side by side
+    yield Case("strided_caches", (q, wide[..., :72], wide[..., 72:], *rest, None, 72**-0.5))
     yield Case("splits", (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5), small=False)
     if sample.big:
         cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)

@@ -47,6 +47,8 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         slots = _slots(sample, tokens, 6 * block_size)
         args = (*_projection(sample, tokens, num_q_heads, num_kv_heads), cache, cache * 2, slots, _SECTIONS, 1e6, 1e-6)
         yield Case(f"T{tokens}_{num_q_heads}q_{num_kv_heads}kv", args)
+    cache, slots = sample(3, 1, 4, 72), _slots(sample, 5, 12)
+    yield Case("T5_D72", (*_projection(sample, 5, 2, 1, 72), cache, cache * 2, slots, [8, 14, 14], 1e6, 1e-6))
     if sample.big:
         for tokens in (1024, 4096):
             cache, slots = sample(tokens // 16, 8, 32, 128), _slots(sample, tokens, 2 * tokens)
@@ -62,9 +64,11 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Bad("slots", (qkv, weight, other, positions, *pair, slots[:2], *rest), "expected int64 [3]")
 
 
-def _projection(sample: Sample, tokens: int, num_q_heads: int, num_kv_heads: int) -> tuple[torch.Tensor, ...]:
-    width = (num_q_heads + 2 * num_kv_heads) * 128
-    return sample(tokens, width), sample(128), sample(128), sample.integers(0, 4000, 3, tokens)
+def _projection(
+    sample: Sample, tokens: int, num_q_heads: int, num_kv_heads: int, dim: int = 128
+) -> tuple[torch.Tensor, ...]:
+    width = (num_q_heads + 2 * num_kv_heads) * dim
+    return sample(tokens, width), sample(dim), sample(dim), sample.integers(0, 4000, 3, tokens)
 
 
 @cases("copy_blocks")

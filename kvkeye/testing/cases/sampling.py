@@ -57,6 +57,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     mask = sample.integers(-(2**31), 2**31, 5, 2, dtype=torch.int32)
     mask[4] = 0
     yield Case("mask", _call(sample, sample(5, 40, scale=2.0), mask))
+    yield Case("vocabulary_above_2^20", _call(sample, sample(1, 2**20 + 1), temperature=0.0), small=False)
     if sample.big:
         cost = Cost(bytes=8 * 151936 * sample.itemsize)
         logits = sample(8, 151936, scale=3.0)
