@@ -2,6 +2,7 @@
 
     python benchmarks/vision.py --json benchmarks/results/vision.jsonl
     python benchmarks/vision.py --rows tower_1036 --peers float32
+    python benchmarks/vision.py --rows tower_1036 --profile
 
 Outputs are compared before anything counts; the sides take turns; medians. The last two rows take a minute each.
 """
@@ -23,6 +24,7 @@ from _limits import measure_limits
 from _measure import Row, append, compare, machine, parser, record, show
 from _vision_attention import attention_row
 from _vision_packing import packing_row
+from _vision_profile import print_profile
 from _vision_tower import tower_row
 
 # One row is built at a time: towers are large. Called with quick.
@@ -44,6 +46,7 @@ def cut(row: Row, words: list[str], quick: bool) -> Row:
 def main() -> None:
     options = parser(__doc__, list(ROWS), seconds=10.0)
     options.add_argument("--peers", nargs="*", default=[], help="only peers with one of these words in their name")
+    options.add_argument("--profile", action="store_true", help="instead: where our side's time goes, by op")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     packages = {name: version(name) for name in ("torch", "pillow", "numpy", "transformers")}
@@ -52,6 +55,10 @@ def main() -> None:
     print(f"{about}\n{limits}")
     for name in given.rows:
         row = cut(ROWS[name](given.quick), given.peers, given.quick)
+        if given.profile:
+            with torch.inference_mode():
+                print_profile(row.name, row.ours, limits)
+            continue
         with torch.inference_mode():
             result = compare(row, 0.05 if given.quick else given.seconds)
         show(result, limits)

@@ -5,6 +5,7 @@
 
 #include "kvkeye/common/isa.h"
 #include "kvkeye/common/types.h"
+#include "pages.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -142,11 +143,11 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()});
+  return in_large_pages(torch::stable::new_empty(like, {shape.data(), shape.size()}));
 }
 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  return in_large_pages(torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype));
 }
 
 inline Tensor empty_dense(const Tensor& like) {

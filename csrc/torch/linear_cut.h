@@ -6,10 +6,6 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace kvkeye {
 
 // The cut that gives every thread the same share; of equal ones the one with most bands, since a thread then
@@ -37,18 +33,6 @@ inline void choose_cut(LinearCut& cut) {
 
 inline int64_t cost_of_item(const LinearCut& cut) {
   return cut.rows * cut.parts() * cut.outputs * (cut.inputs + 1) / std::max<int64_t>(cut.items(), 1);
-}
-
-// Weights are read from end to end at every step: large pages spare the table walks. Only advice.
-inline void advise_large_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 4096;
-  const uintptr_t first = ((uintptr_t)tensor.mutable_data_ptr() + page - 1) / page * page;
-  const uintptr_t last =
-      ((uintptr_t)tensor.mutable_data_ptr() + tensor.numel() * tensor.element_size()) / page * page;
-  if (last > first)
-    madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
 }
 
 } // namespace kvkeye
