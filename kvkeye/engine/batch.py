@@ -156,33 +156,46 @@ class VerifyBatch:
 
 
 @dataclass(frozen=True)
-class ForwardBatch:
-    """One forward pass over T new tokens of B rows.
+class TokenInputs:
+    """What the decoder reads of a step of T new tokens of B rows.
 
-    seq_ids       B row ids
     token_ids     [T] int64                positions     [3, T] int64
     block_table   [B, M] int32             cu_seqlens_q  [B + 1] int32
     context_lens  [B] int32, new tokens included         slot_mapping  [T] int64
-    block_copies  [n, 2] int64 (source, target)
     tree_mask     [T] int64, or None where every row sees all before it
-    logit_rows    [R] int64 into T: the last tokens of the rows that get a next token, and all proposals
-    num_samples   tokens to draw per row of the step; 0 for rows with proposals
-    verify        the rows with proposals, or None
     """
 
-    seq_ids: list[int]
     token_ids: Tensor
     positions: Tensor
     block_table: Tensor
     cu_seqlens_q: Tensor
     context_lens: Tensor
     slot_mapping: Tensor
-    block_copies: Tensor
+    tree_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One forward pass over T new tokens of B rows. `inputs` come first: a recorded pass takes them as one piece.
+
+    logit_rows    [R] int64 into T: the last tokens of the rows that get a next token, and all proposals
+    block_copies  [n, 2] int64 (source, target)
+    media_rows    [n] int64 into T: where `media` go, in their order
+    seq_ids       B row ids
+    lengths       of the rows' contexts, new tokens included
+    num_samples   tokens to draw per row of the step; 0 for rows with proposals
+    verify        the rows with proposals, or None
+    """
+
+    inputs: TokenInputs
     logit_rows: Tensor
+    block_copies: Tensor
+    media_rows: Tensor
+    seq_ids: list[int]
+    lengths: list[int]
     num_samples: list[int]
     media: list[MediaUse]
     sample: SampleBatch
-    tree_mask: Tensor | None = None
     verify: VerifyBatch | None = None
 
 
@@ -198,33 +211,44 @@ def build_encodings(step: Step, find: Callable[[int], Sequence]) -> EncodeBatch:
     return batch
 
 
-def build(step: Step, find: Callable[[int], Sequence], block_size: int, device: torch.device) -> ForwardBatch:
-    """The tensors of `step` on `device`. `find` gives the row of an id; its request's payload is a `Prompt`."""
-    rows, lengths = step.rows, [len(row.tokens) for row in step.rows]
-    bounds = list(accumulate(lengths, initial=0))
-    tables = [row.block_table for row in rows]
-    width = max((len(table) for table in tables), default=0)
+def build(step: Step, find: Callable[[int], Sequence], block_size: int) -> ForwardBatch:
+    """The tensors of `step` on the host. `find` gives the row of an id; its request's payload is a `Prompt`."""
+    rows, counts = step.rows, [len(row.tokens) for row in step.rows]
+    bounds = list(accumulate(counts, initial=0))
+    lengths = [row.start + count for row, count in zip(rows, counts)]
     sequences = [find(row.seq_id) for row in rows]
-
-    def ints(values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
+    media = [use for row, seq, first in zip(rows, sequences, bounds) for use in _media_uses(row, seq, first)]
     return ForwardBatch(
+        inputs=TokenInputs(
+            token_ids=_ints([token for row in rows for token in row.tokens]),
+            positions=_positions(rows, sequences),
+            block_table=_block_table(rows),
+            cu_seqlens_q=_ints(bounds, torch.int32),
+            context_lens=_ints(lengths, torch.int32),
+            slot_mapping=_ints([slot for row in rows for slot in _slots(row, block_size)]),
+            tree_mask=_tree_mask(rows),
+        ),
+        logit_rows=_ints([t for row, end in zip(rows, bounds[1:]) for t in _logit_rows(row, end)]),
+        block_copies=torch.tensor(step.block_copies, dtype=torch.int64).view(-1, 2),
+        media_rows=_ints([row for use in media for row in range(use.first, use.first + use.length)]),
         seq_ids=[row.seq_id for row in rows],
-        token_ids=ints([token for row in rows for token in row.tokens], torch.int64),
-        positions=_positions(rows, sequences).to(device),
-        block_table=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32).to(device),
-        cu_seqlens_q=ints(bounds, torch.int32),
-        context_lens=ints([row.start + n for row, n in zip(rows, lengths)], torch.int32),
-        slot_mapping=ints([slot for row in rows for slot in _slots(row, block_size)], torch.int64),
-        block_copies=torch.tensor(step.block_copies, dtype=torch.int64).view(-1, 2).to(device),
-        logit_rows=ints([t for row, end in zip(rows, bounds[1:]) for t in _logit_rows(row, end)], torch.int64),
+        lengths=lengths,
         num_samples=[0 if row.parents else row.num_samples for row in rows],
-        media=[use for row, seq, first in zip(rows, sequences, bounds) for use in _media_uses(row, seq, first)],
-        sample=_sample_batch(rows, sequences, device),
-        tree_mask=_tree_mask(rows, device),
-        verify=_verify_batch(rows, sequences, block_size, device) if any(row.parents for row in rows) else None,
+        media=media,
+        sample=_sample_batch(rows, sequences),
+        verify=_verify_batch(rows, sequences, block_size) if any(row.parents for row in rows) else None,
     )
+
+
+def _ints(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def _block_table(rows: list[Row]) -> Tensor:
+    """[B, M] int32."""
+    width = max((len(row.block_table) for row in rows), default=0)
+    tables = [row.block_table + [0] * (width - len(row.block_table)) for row in rows]
+    return torch.tensor(tables, dtype=torch.int32)
 
 
 def _logit_rows(row: Row, end: int) -> range:
@@ -234,11 +258,11 @@ def _logit_rows(row: Row, end: int) -> range:
     return range(end - 1, end) if row.num_samples else range(0)
 
 
-def _tree_mask(rows: list[Row], device: torch.device) -> Tensor | None:
+def _tree_mask(rows: list[Row]) -> Tensor | None:
     if not any(row.is_branched for row in rows):
         return None
     masks = [mask for row in rows for mask in branch_masks(row.parents or range(-1, len(row.tokens) - 1))]
-    return torch.tensor(masks, dtype=torch.int64).to(device)
+    return _ints(masks)
 
 
 def _positions(rows: list[Row], sequences: list[Sequence]) -> Tensor:
@@ -278,7 +302,7 @@ def _media_uses(row: Row, seq: Sequence, first: int) -> Iterator[MediaUse]:
         yield MediaUse(span.embeds, first + start - row.start, start - span.start, stop - start)
 
 
-def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.device) -> SampleBatch:
+def _sample_batch(rows: list[Row], sequences: list[Sequence]) -> SampleBatch:
     """One entry per token to draw."""
     draws: list[_Draw] = []
     logit_rows: list[int] = []
@@ -291,13 +315,13 @@ def _sample_batch(rows: list[Row], sequences: list[Sequence], device: torch.devi
         logit_rows += [num_logit_rows] * row.num_samples
         num_logit_rows += row.num_samples > 0
     return SampleBatch(
-        rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
-        settings=_settings(draws, device),
+        rows=_ints(logit_rows),
+        settings=_settings(draws),
         num_logprobs=[draw.seq.request.sampling.logprobs for draw in draws],
     )
 
 
-def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int, device: torch.device) -> VerifyBatch:
+def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int) -> VerifyBatch:
     """One tree per row with proposals."""
     trees: list[tuple[Row, Sequence]] = []
     logit_rows: list[int] = []
@@ -309,16 +333,12 @@ def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int, d
             logit_rows += range(num_logit_rows, num_logit_rows + count)
         num_logit_rows += count
     bounds = list(accumulate((len(row.parents) for row, _ in trees), initial=0))
-
-    def ints(values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
     return VerifyBatch(
-        rows=ints(logit_rows, torch.int64),
-        draft_tokens=ints([token for row, _ in trees for token in row.tokens], torch.int64),
-        tree_parents=ints([parent for row, _ in trees for parent in row.parents], torch.int32),
-        cu_rows=ints(bounds, torch.int32),
-        settings=_settings([_Draw(seq, row.start + 1, seq.index) for row, seq in trees], device),
+        rows=_ints(logit_rows),
+        draft_tokens=_ints([token for row, _ in trees for token in row.tokens]),
+        tree_parents=_ints([parent for row, _ in trees for parent in row.parents], torch.int32),
+        cu_rows=_ints(bounds, torch.int32),
+        settings=_settings([_Draw(seq, row.start + 1, seq.index) for row, seq in trees]),
         bounds=bounds,
         slots=[slot for row, _ in trees for slot in _slots(row, block_size)],
         seq_ids=[row.seq_id for row, _ in trees],
@@ -336,29 +356,26 @@ class _Draw:
     index: int
 
 
-def _settings(draws: list[_Draw], device: torch.device) -> DrawSettings:
+def _settings(draws: list[_Draw]) -> DrawSettings:
     """Histories are sent only for rows with penalties."""
     params: list[SamplingParams] = [draw.seq.request.sampling for draw in draws]
     histories = [draw.seq.tokens if p.has_penalties else [] for draw, p in zip(draws, params)]
 
     def floats(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).to(device)
-
-    def ints(values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
+        return torch.tensor(values, dtype=torch.float32)
 
     return DrawSettings(
         temperature=floats([0.0 if p.is_greedy else p.temperature for p in params]),
-        top_k=ints([p.top_k for p in params], torch.int32),
+        top_k=_ints([p.top_k for p in params], torch.int32),
         top_p=floats([p.top_p for p in params]),
         min_p=floats([p.min_p for p in params]),
         repetition=floats([p.repetition_penalty for p in params]),
         presence=floats([p.presence_penalty for p in params]),
         frequency=floats([p.frequency_penalty for p in params]),
-        history=ints([token for tokens in histories for token in tokens], torch.int32),
-        cu_history=ints(list(accumulate(map(len, histories), initial=0)), torch.int32),
-        num_prompt=ints([draw.seq.num_prompt if h else 0 for draw, h in zip(draws, histories)], torch.int32),
-        seeds=ints([draw.seq.request.seed for draw in draws], torch.int64),
-        positions=ints([draw.position for draw in draws], torch.int64),
-        sample_index=ints([draw.index for draw in draws], torch.int64),
+        history=_ints([token for tokens in histories for token in tokens], torch.int32),
+        cu_history=_ints(list(accumulate(map(len, histories), initial=0)), torch.int32),
+        num_prompt=_ints([draw.seq.num_prompt if h else 0 for draw, h in zip(draws, histories)], torch.int32),
+        seeds=_ints([draw.seq.request.seed for draw in draws]),
+        positions=_ints([draw.position for draw in draws]),
+        sample_index=_ints([draw.index for draw in draws]),
     )

@@ -324,8 +324,7 @@ class Engine:
         return ended
 
     def _run(self, step: Step) -> StepResult:
-        batch = batches.build(step, self.scheduler.sequence, self.config.block_size, self.runner.model.device)
-        return self.runner.run(batch)
+        return self.runner.run(batches.build(step, self.scheduler.sequence, self.config.block_size))
 
     def _observe(self, step: Step, result: StepResult, seconds: float) -> None:
         if self.speculation is not None:

@@ -6,6 +6,7 @@ Knows tensors; must not know requests' lives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 
 from kvkeye import ops
-from kvkeye.engine.batch import EncodeBatch, ForwardBatch, SampleBatch, VerifyBatch
+from kvkeye.engine.batch import EncodeBatch, ForwardBatch, SampleBatch, TokenInputs, VerifyBatch
+from kvkeye.engine.decode_graphs import DecodeGraphs
+from kvkeye.engine.encoder_graphs import EncoderGraphs
+from kvkeye.engine.graphs import Recorder
 from kvkeye.engine.outputs import Logprob
+from kvkeye.engine.staging import to_device
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
 
@@ -41,6 +46,8 @@ class Runner:
         self.backends = backends
         self.media_embeds: dict[bytes, Tensor] = {}  # [tokens, hidden] by name; the scheduler says what stays
         self.logits_hook: LogitsHook | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._encoder_graphs: EncoderGraphs | None = None
         text = model.config.text
         shape = (num_blocks, text.num_key_value_heads, block_size, text.head_dim)
         layers = range(text.num_hidden_layers)
@@ -50,17 +57,26 @@ class Runner:
     def _forced(self) -> AbstractContextManager[None]:
         return ops.use_backends(self.backends) if self.backends else nullcontext()
 
+    def record(self, sizes: SequenceOf[int], width: int, record: Recorder, trees: bool = False) -> None:
+        """Records steps of so many tokens over tables of `width` blocks; later steps are replays where they fit."""
+        output = torch.zeros(
+            sizes[-1], self.model.config.text.vocab_size, dtype=self.model.dtype, device=self.model.device
+        )
+        with torch.inference_mode(), self._forced():
+            self._graphs = DecodeGraphs(self._all_logits, output, sizes, width, record, trees)
+
+    def record_encoder(self, sizes: SequenceOf[int], record: Recorder) -> None:
+        """Records encoder passes of up to so many patches; later ones are replays where they fit."""
+        with torch.inference_mode(), self._forced():
+            self._encoder_graphs = EncoderGraphs(self.model, sizes, record)
+
     def run(self, batch: ForwardBatch) -> StepResult:
         """Computes a step: caches get the keys and values of its tokens, rows that are due get their next tokens."""
         with torch.inference_mode(), self._forced():
-            if len(batch.block_copies):
-                for k_cache, v_cache in zip(self.k_caches, self.v_caches):
-                    ops.copy_blocks(k_cache, v_cache, batch.block_copies)
-            hidden = self.model(self._embed(batch), batch.positions, self._context(batch))  # [T, H]
-            if not len(batch.logit_rows):
-                return StepResult({}, {})
-            logits = self.model.logits(hidden[batch.logit_rows])  # [R, V]
+            batch, logits = self._logits(batch)  # [R, V]
             result = StepResult({}, {})
+            if not len(batch.logit_rows):
+                return result
             verify = batch.verify
             # Without proposals and forks every row of the logits is drawn from once, in order: no copy is needed.
             is_plain = verify is None and len(batch.sample.rows) == len(logits)
@@ -73,6 +89,32 @@ class Runner:
                 whole = len(verify.rows) == len(logits)
                 self._verify(logits if whole else logits[verify.rows], verify, result)
             return result
+
+    def _logits(self, batch: ForwardBatch) -> tuple[ForwardBatch, Tensor]:
+        """The batch on the device, and the logits [R, V] of its `logit_rows`."""
+        graphs = self._graphs
+        fitting = graphs.fit(batch) if graphs is not None else None
+        if graphs is not None and fitting is not None:
+            is_whole = len(batch.logit_rows) == len(batch.inputs.token_ids)
+            batch, packed = to_device(fitting, self.model.device)
+            self._copy_blocks(batch)
+            logits = graphs(batch.inputs, packed)
+            return batch, logits[: len(batch.logit_rows)] if is_whole else logits[batch.logit_rows]
+        if self.model.device.type != "cpu":
+            batch, _ = to_device(batch, self.model.device)
+        self._copy_blocks(batch)
+        hidden = self.model(self._embed(batch), batch.inputs.positions, self._context(batch.inputs))  # [T, H]
+        return batch, self.model.logits(hidden[batch.logit_rows])
+
+    def _all_logits(self, inputs: TokenInputs) -> Tensor:
+        """[T, V]: of every token of a step without media."""
+        hidden = self.model(self.model.embed(inputs.token_ids), inputs.positions, self._context(inputs))  # [T, H]
+        return self.model.logits(hidden)
+
+    def _copy_blocks(self, batch: ForwardBatch) -> None:
+        if len(batch.block_copies):
+            for k_cache, v_cache in zip(self.k_caches, self.v_caches):
+                ops.copy_blocks(k_cache, v_cache, batch.block_copies)
 
     def _verify(self, logits: Tensor, verify: VerifyBatch, result: StepResult) -> None:
         """Draws down the trees of proposals, and moves what was accepted to its place in the caches. logits [R, V]."""
@@ -104,26 +146,33 @@ class Runner:
         for k_cache, v_cache in zip(self.k_caches, self.v_caches):
             ops.append_kv(k_cache[block, :, offset], v_cache[block, :, offset], k_cache, v_cache, target)
 
-    def _context(self, batch: ForwardBatch) -> PagedContext:
+    def _context(self, inputs: TokenInputs) -> PagedContext:
         return PagedContext(
             k_caches=self.k_caches,
             v_caches=self.v_caches,
-            block_table=batch.block_table,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            context_lens=batch.context_lens,
-            slot_mapping=batch.slot_mapping,
-            tree_mask=batch.tree_mask,
+            block_table=inputs.block_table,
+            cu_seqlens_q=inputs.cu_seqlens_q,
+            context_lens=inputs.context_lens,
+            slot_mapping=inputs.slot_mapping,
+            tree_mask=inputs.tree_mask,
         )
 
     def encode(self, batch: EncodeBatch) -> None:
         """Computes media embeddings, all in one pass of the tower, and keeps them under their names."""
         with torch.inference_mode(), self._forced():
-            pixels = [part.to(self.model.device) for part in batch.pixel_values]
-            packed = self.model.encode_media(pixels[0] if len(pixels) == 1 else torch.cat(pixels), batch.grids)
+            recorded = self._encoder_graphs(batch) if self._encoder_graphs is not None else None
+            packed = self._encode(batch) if recorded is None else recorded
             merge = self.model.config.vision.spatial_merge_size
             parts = packed.split([grid.num_tokens(merge) for grid in batch.grids])
-            # Copies: a view would keep the whole pack alive.
-            self.media_embeds.update(zip(batch.names, [packed] if len(parts) == 1 else map(torch.clone, parts)))
+            # Copies: a view would keep the whole pack alive, or be overwritten by the next one.
+            is_own = recorded is None and len(parts) == 1
+            self.media_embeds.update(zip(batch.names, [packed] if is_own else map(torch.clone, parts)))
+
+    def _encode(self, batch: EncodeBatch) -> Tensor:
+        pixels = torch.cat(batch.pixel_values) if len(batch.pixel_values) > 1 else batch.pixel_values[0]
+        if self.model.device.type != "cpu":
+            pixels = pixels.pin_memory().to(self.model.device, non_blocking=True)
+        return self.model.encode_media(pixels, batch.grids)
 
     def forget(self, names: Iterable[bytes]) -> None:
         """Frees embeddings; names without any are passed over."""
@@ -137,15 +186,13 @@ class Runner:
     def _embed(self, batch: ForwardBatch) -> Tensor:
         """[T, H], media embeddings in the rows of their pad tokens."""
         if not batch.media:
-            return self.model.embed(batch.token_ids)
+            return self.model.embed(batch.inputs.token_ids)
         parts = [self.media_embeds[use.name][use.offset : use.offset + use.length] for use in batch.media]
-        rows = torch.cat([torch.arange(use.first, use.first + use.length) for use in batch.media])
-        return self.model.embed(batch.token_ids, torch.cat(parts), rows.to(batch.token_ids.device))
+        return self.model.embed(batch.inputs.token_ids, torch.cat(parts), batch.media_rows)
 
 
 def _logit_names(batch: ForwardBatch) -> list[tuple[int, int]]:
-    lengths = batch.context_lens.tolist()
-    return [(row, length) for row, length, n in zip(batch.seq_ids, lengths, batch.num_samples) for _ in range(n)]
+    return [(row, length) for row, length, n in zip(batch.seq_ids, batch.lengths, batch.num_samples) for _ in range(n)]
 
 
 def _draw(logits: Tensor, sample: SampleBatch) -> tuple[list[int], list[dict[int, Logprob] | None]]:

@@ -29,7 +29,9 @@ class PackedContext:
         bounds = [0]
         for length in lengths:
             bounds.append(bounds[-1] + length)
-        return cls(torch.tensor(bounds, dtype=torch.int32, device=device), max(lengths, default=0))
+        # Made on the host and sent: a tensor made on a GPU would wait for all that runs there.
+        table = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(table, max(lengths, default=0))
 
 
 @dataclass(frozen=True)

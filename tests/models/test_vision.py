@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.paddleocr_vl import modeling_paddleocr_vl as paddle
 
 from kvkeye import ops
@@ -17,6 +16,7 @@ from kvkeye.models.keye.vision import axial_angles
 from kvkeye.testing.tiny import tiny_keye_model
 from tests.models import references
 from tests.models.conftest import missing_kernels
+from tests.watch import Watch
 
 CLIP = MediaGrid("video", (3, 4, 6), 0.5)
 
@@ -140,35 +140,14 @@ def test_segments(version, expected):
     assert tiny_keye_model(version).visual.segments([image, CLIP, image]) == expected
 
 
-HOST_READS = ("item", "_local_scalar_dense", "tolist", "equal", "is_nonzero", "nonzero", "masked_select", "unique")
-
-
-class Watch(TorchDispatchMode):
-    """Names of the ops that ran, and a refusal of those that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__.split(".")[-1]
-        assert not any(name.startswith(read) for read in HOST_READS), f"{name} between the first and the last layer"
-        self.seen.append(name)
-        result = func(*args, **(kwargs or {}))
-        devices = {x.device for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if torch.is_tensor(x)}
-        assert len(devices) <= 1, f"{name} copies between {devices}"
-        return result
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("version", ["preview", "1.5"])
 def test_nothing_is_read_back_between_the_first_and_the_last_layer(version, backend):
     model = tiny_keye_model(version)
     pixels, items = references.two_photographs()
     layout = model.visual.layout(items)
-    x = model.visual.patch_embedding(pixels) + layout.positions
     with Watch() as watch:
-        model.visual.encode(x, layout)
+        model.visual.encode(pixels, layout)
     # Attention of both layers was among what was watched, once for all items.
     assert watch.seen.count("varlen_attention") == len(model.visual.layers)
 

@@ -15,7 +15,7 @@ from kvkeye.models.keye.config import KeyeConfig
 from kvkeye.models.keye.language import LanguageModel
 from kvkeye.models.keye.positions import MediaGrid
 from kvkeye.models.keye.projector import Projector
-from kvkeye.models.keye.vision import VisionTower
+from kvkeye.models.keye.vision import PackLayout, VisionTower
 
 
 class KeyeModel(nn.Module):
@@ -57,6 +57,13 @@ class KeyeModel(nn.Module):
         if not items:
             return self.language.norm.weight.new_empty(0, self.config.text.hidden_size)
         return self.projector(self.visual(pixel_values, items), items)  # type: ignore[no-any-return]
+
+    def encode_packed(self, pixel_values: Tensor, layout: PackLayout, merge_rows: Tensor) -> Tensor:
+        """encode_media of a pack whose grids are in tensors alone: nothing is read from the host's lists.
+
+        pixel_values [N, 588], merge_rows [N] int64 as Projector.merge_rows -> [N / merge^2, hidden].
+        """
+        return self.projector.gather(self.visual.encode(pixel_values, layout), merge_rows)
 
     def embed(self, token_ids: Tensor, media_embeds: Tensor | None = None, media_rows: Tensor | None = None) -> Tensor:
         """Embeddings of tokens, those of media in the rows of their pad tokens.

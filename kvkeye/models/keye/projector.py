@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kvkeye import ops
@@ -30,8 +31,23 @@ class Projector(nn.Module):
     def forward(self, features: Tensor, items: Sequence[MediaGrid]) -> Tensor:
         """features [N, d] of all items in raster order -> [N / merge^2, hidden]."""
         sizes = [size for item in items for size in item.grid_thw]
-        if self.norm_first:
-            merged = ops.merge_patches(self.pre_norm(features), sizes, self.merge_size)
-        else:
-            merged = self.pre_norm(ops.merge_patches(features, sizes, self.merge_size))
+        return self._project(features, lambda rows: ops.merge_patches(rows, sizes, self.merge_size))
+
+    def gather(self, features: Tensor, merge_rows: Tensor) -> Tensor:
+        """The same with the windows' patches in a tensor on the device: merge_rows [N] int64, window by window."""
+        return self._project(features, lambda rows: rows[merge_rows].view(-1, self.merge_size**2 * rows.shape[1]))
+
+    def merge_rows(self, items: Sequence[MediaGrid]) -> Tensor:
+        """[N] int64 on the host: the patches of each merge x merge window in raster order, windows in raster order."""
+        found, first = [], 0
+        for item in items:
+            t, height, width = item.grid_thw
+            windows = (t, height // self.merge_size, self.merge_size, width // self.merge_size, self.merge_size)
+            rows = torch.arange(first, first + item.num_patches).view(windows)
+            found.append(rows.transpose(2, 3).flatten())
+            first += item.num_patches
+        return torch.cat(found)
+
+    def _project(self, features: Tensor, merge: Callable[[Tensor], Tensor]) -> Tensor:
+        merged = merge(self.pre_norm(features)) if self.norm_first else self.pre_norm(merge(features))
         return self.linear_2(self.linear_1.gelu(merged, False))  # type: ignore[no-any-return]

@@ -73,19 +73,21 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, items: Sequence[MediaGrid]) -> Tensor:
         """pixel_values [N, 588], one row per patch -> features [N, d], in the order of `items`."""
-        layout = self.layout(items)
-        x = self.patch_embedding(pixel_values.to(self.position_embedding.dtype)) + layout.positions  # [N, d]
-        return self.encode(x, layout)
+        return self.encode(pixel_values, self.layout(items))
 
     def layout(self, items: Sequence[MediaGrid]) -> PackLayout:
         """Everything about a pack that the host decides. Tables of sizes seen before come from a cache."""
-        device = self.position_embedding.device
-        cos, sin = self._rotation([item.grid_thw for item in items])
-        context = PackedContext.from_lengths(self.segments(items), device)
-        return PackLayout(self._positions([item.grid_thw for item in items]), cos, sin, context)
+        context = PackedContext.from_lengths(self.segments(items), self.position_embedding.device)
+        return PackLayout(*self.tables(items), context)
 
-    def encode(self, x: Tensor, layout: PackLayout) -> Tensor:
-        """Embedded patches [N, d] -> features [N, d]. Reads nothing back from the device."""
+    def tables(self, items: Sequence[MediaGrid]) -> tuple[Tensor, Tensor, Tensor]:
+        """positions [N, d], cos and sin [N, D/2] of a pack's patches."""
+        grids = [item.grid_thw for item in items]
+        return (self._positions(grids), *self._rotation(grids))
+
+    def encode(self, pixel_values: Tensor, layout: PackLayout) -> Tensor:
+        """pixel_values [N, 588] -> features [N, d]. Reads nothing back from the device."""
+        x = self.patch_embedding(pixel_values.to(self.position_embedding.dtype)) + layout.positions  # [N, d]
         for layer in self.layers:
             x = layer(x, layout.cos, layout.sin, layout.context)
         return self.post_layernorm(x)  # type: ignore[no-any-return]
