@@ -175,22 +175,32 @@ def gpus() -> list[Check]:
 
 
 def gpu_ops() -> list[Check]:
-    """Which implementation each op of a forward pass tries first on a GPU, and why where it is the reference."""
+    """What each op of a forward pass runs on in an engine on a GPU, and why not on what would come before it.
+
+    Where no GPU is visible, what a machine with one would run: an implementation counts if it is declared.
+    """
     import torch
 
-    from kvkeye.engine.backends import SERVING_OPS
-    from kvkeye.ops import OPS
+    from kvkeye.engine.backends import SERVING_OPS, gpu_choice
+    from kvkeye.engine.machine import default_dtype
+    from kvkeye.ops import Implementation
 
-    by_name: dict[str, list[str]] = {}
-    reasons: list[str] = []
-    for op in SERVING_OPS:
-        name, passed = OPS[op].first_choice("cuda")
-        by_name.setdefault(name, []).append(op)
-        reasons += [f"{op}: {reason}" for reason in passed if name == "eager"]
     seen = torch.cuda.is_available()
-    chosen = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in sorted(by_name.items()))
-    status = WARN if seen and reasons else PASS
-    return [Check("GPU ops", status, chosen if seen else f"on a GPU {chosen}", "; ".join(reasons) if seen else "")]
+    dtype = default_dtype(torch.device("cuda"))
+    checks = []
+    for op in SERVING_OPS:
+        free, fixed = (
+            gpu_choice(op, dtype, invariant, Implementation.absent if seen else lambda _: None)
+            for invariant in (False, True)
+        )
+        why = f" ({'; '.join(free.passed)})" if free.passed else ""
+        if fixed.implementation != free.implementation:
+            why += f"; {fixed.implementation} if invariant ({'; '.join(fixed.passed)})"
+        status = WARN if seen and free.implementation == "eager" else PASS
+        advice = "The engine runs the slow reference for it: install what is missing." if status == WARN else ""
+        would = "" if seen else "would run "
+        checks.append(Check(f"GPU {op}", status, would + free.implementation + why, advice))
+    return checks
 
 
 def environment() -> list[Check]:

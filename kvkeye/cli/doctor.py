@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _lines(check: Check) -> list[str]:
     mark = "" if check.status == PASS else check.status
-    lines = [f"{mark:<6}{check.name:<22}{check.value}"]
-    return lines + ([f"{'':<28}{check.advice}"] if check.advice else [])
+    lines = [f"{mark:<6}{check.name:<26}{check.value}"]
+    return lines + ([f"{'':<32}{check.advice}"] if check.advice else [])

@@ -69,6 +69,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backends", default="", metavar="ORDER", help="op implementations in order, e.g. cpp,eager (see kvkeye ops)"
     )
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: operation by operation on a GPU")
     group.add_argument(
         "--max-model-len", type=at_least_one, metavar="N", help="tokens of prompt and answer (default: the model's)"
     )
@@ -90,6 +91,7 @@ def engine_config(arguments: argparse.Namespace, model: Path) -> EngineConfig:
         quantization=arguments.quantization,
         device=arguments.device,
         backends=arguments.backends,
+        enforce_eager=arguments.enforce_eager,
         max_model_len=arguments.max_model_len,
         max_num_seqs=1,
     )

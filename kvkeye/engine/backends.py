@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from kvkeye import ops
-from kvkeye.engine.config import EngineConfig
+from kvkeye.engine.config import EngineConfig, SpeculationConfig
+from kvkeye.engine.machine import default_dtype
 from kvkeye.env import BACKENDS
+from kvkeye.ops import Implementation
 
 logger = logging.getLogger("kvkeye.engine")
 
@@ -32,20 +36,84 @@ SERVING_OPS = (
     "varlen_attention",
     "verify_draft",
 )
+#: (op, implementation) on a GPU whose bits depend on the number of rows, and why.
+VARIANT = {("packed_linear", "cuda"): "cuBLAS chooses its kernel, and with it the order of sums, by the number of rows"}
+
+Absent = Callable[[Implementation], "str | None"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an op runs on, and why not on what would come before it."""
+
+    op: str
+    implementation: str
+    passed: tuple[str, ...] = ()
+
+
+def gpu_choice(op: str, dtype: torch.dtype, invariant: bool, absent: Absent = Implementation.absent) -> Choice:
+    """What `op` runs on in an engine on a GPU: a kernel if there is one, else the reference.
+
+    absent  says why an implementation cannot exist on this machine, or None
+    """
+    passed: list[str] = []
+    for name in ("cuda", "triton"):
+        implementation = ops.OPS[op].implementations.get(name)
+        if implementation is None:
+            reason: str | None = "not written"
+        elif invariant and (op, name) in VARIANT:
+            reason = VARIANT[op, name]
+        elif dtype not in implementation.dtypes:
+            reason = f"does not take {str(dtype).removeprefix('torch.')}"
+        else:
+            reason = absent(implementation)
+        if reason is None:
+            return Choice(op, name, tuple(passed))
+        passed.append(f"{name}: {reason}")
+    return Choice(op, "eager", tuple(passed))
+
+
+def is_invariant(config: EngineConfig, device: torch.device) -> bool:
+    """Unless said otherwise: on a CPU, where it costs nothing, and on a GPU for an engine that verifies proposals."""
+    if config.invariant is not None:
+        return config.invariant
+    return device.type == "cpu" or isinstance(config.speculation, SpeculationConfig)
 
 
 def serving_backends(config: EngineConfig, device: torch.device) -> str:
     """The order that the runner forces; "" leaves the default order and the environment in charge.
 
-    On a CPU an invariant engine runs on the C++ kernels and nothing else; what is missing is said once, in a warning.
+    On a CPU an invariant engine runs on the C++ kernels and nothing else. On a GPU every op runs on one kernel, and a
+    call that it refuses is an error. What is missing is said once, in a warning.
     """
     with ops.use_backends(config.backends):
         pass  # refuses unknown names
-    if config.backends or BACKENDS.get() or not config.invariant:
+    invariant = is_invariant(config, device)
+    if config.backends or BACKENDS.get():
         return config.backends
     if device.type != "cpu":
-        logger.warning("invariant=True: on %s the bits of an answer may depend on its batch", device)
-        return ""
+        dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
+        names = [op for op in SERVING_OPS if op != "verify_draft" or isinstance(config.speculation, SpeculationConfig)]
+        return gpu_backends([gpu_choice(op, dtype, invariant) for op in names], device, invariant)
+    return _cpu_backends() if invariant else ""
+
+
+def gpu_backends(choices: Iterable[Choice], device: torch.device, invariant: bool) -> str:
+    """The specification of these choices. What is left to the reference is said in a warning."""
+    choices = list(choices)
+    left = [choice for choice in choices if choice.implementation == "eager"]
+    if left:
+        logger.warning(
+            "on %s these ops run their eager reference, which is slow%s: %s. `kvkeye doctor` shows every op.",
+            device,
+            " and lets an answer's bits depend on its batch" if invariant else "",
+            "; ".join(f"{choice.op} ({', '.join(choice.passed)})" for choice in left),
+        )
+    logger.info("ops on %s: %s", device, ", ".join(f"{choice.op} {choice.implementation}" for choice in choices))
+    return ";".join(f"{choice.op}={choice.implementation}" for choice in choices)
+
+
+def _cpu_backends() -> str:
     missing = {name: ops.OPS[name].implementations["cpp"].absent() for name in SERVING_OPS}
     reasons = {name: reason for name, reason in missing.items() if reason is not None}
     if reasons:

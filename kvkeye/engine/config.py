@@ -89,7 +89,9 @@ class EngineConfig:
     backends                order of op implementations, e.g. "cpp"; "" leaves the default order
     speculation             a SpeculationConfig, a mapping of its fields, or None for plain decoding; "auto": the
                             default fields where proposals cannot change bits, which is on a CPU with C++ kernels
-    invariant               an answer's bits do not depend on other requests; a warning says where that cannot hold
+    invariant               an answer's bits do not depend on other requests; a warning says where that cannot hold;
+                            None: on a CPU, and on a GPU where speculation is asked for
+    enforce_eager           no CUDA graphs: every pass is launched operation by operation
     seed                    of requests that bring none
     check_every_step        verifies the block accounting after every step (slow)
     """
@@ -114,7 +116,8 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     backends: str = ""
     speculation: SpeculationConfig | Mapping[str, Any] | str | None = "auto"
-    invariant: bool = True
+    invariant: bool | None = None
+    enforce_eager: bool = False
     seed: int = 0
     check_every_step: bool = False
 

@@ -46,10 +46,10 @@ def padded(inputs: TokenInputs, size: int, width: int) -> TokenInputs:
     )
 
 
-def _nothing(is_branched: bool) -> TokenInputs:
-    """A step without tokens: padded, it changes nothing."""
+def nothing(size: int, width: int = 1, is_branched: bool = False) -> TokenInputs:
+    """A step of padding alone: it changes nothing."""
     none, short = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
-    return TokenInputs(
+    empty = TokenInputs(
         token_ids=none,
         positions=none.view(3, 0),
         block_table=short.view(0, 0),
@@ -58,6 +58,7 @@ def _nothing(is_branched: bool) -> TokenInputs:
         slot_mapping=none,
         tree_mask=none if is_branched else None,
     )
+    return padded(empty, size, width)
 
 
 class DecodeGraphs:
@@ -81,7 +82,7 @@ class DecodeGraphs:
         self._passes: dict[tuple[int, bool], RecordedPass] = {}
         for size in reversed(self._sizes):
             for is_branched in (False, True) if trees else (False,):
-                first = padded(_nothing(is_branched), size, width)
+                first = nothing(size, width, is_branched)
                 self._passes[size, is_branched] = RecordedPass(first, output[:size], body, record)
                 logger.info("recorded a step of %d tokens%s", size, ", branched" if is_branched else "")
 

@@ -24,7 +24,7 @@ from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.draft import Drafter
 from kvkeye.engine.encoder_cache import EncoderCache
 from kvkeye.engine.machine import available_bytes, default_device, default_dtype
-from kvkeye.engine.memory import check_weights_fit, plan_cache
+from kvkeye.engine.memory import check_weights_fit, context_length, plan_cache
 from kvkeye.engine.outputs import Logprob, OnStage, RequestOutput, SpeculationMetrics
 from kvkeye.engine.prepare import Prepared, Processor, PromptLike, prepare
 from kvkeye.engine.prepare_queue import PrepareQueue
@@ -40,6 +40,7 @@ from kvkeye.engine.runner import Runner, StepResult
 from kvkeye.engine.scheduler import Limits, Scheduler
 from kvkeye.engine.speculation import speculation_of
 from kvkeye.engine.step import Step
+from kvkeye.engine.warm_up import warm_up, working_bytes
 from kvkeye.errors import CapacityError, ConfigError, RequestError
 from kvkeye.models.keye.model import KeyeModel
 
@@ -94,13 +95,15 @@ class Engine:
         drafter: Drafter | None = None,
     ) -> None:
         text = model.config.text
-        plan = plan_cache(config, text, model.dtype, available_bytes(model.device))
+        backends = serving_backends(config, model.device)
+        working = working_bytes(model, config, context_length(config, text), backends)
+        plan = plan_cache(config, text, model.dtype, available_bytes(model.device) - working)
         self.config = config
         self.processor = processor
         self.vocab_size = text.vocab_size
         self.max_model_len = plan.max_model_len
-        backends = serving_backends(config, model.device)
         self.runner = Runner(model, plan.num_blocks, config.block_size, backends)
+        warm_up(self.runner, config, plan.max_model_len)
         limits = Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -45,17 +45,23 @@ def check_weights_fit(num_bytes: int, device: torch.device) -> None:
         )
 
 
-def plan_cache(config: EngineConfig, text: TextConfig, dtype: torch.dtype, free_bytes: int) -> CachePlan:
-    """Blocks and context for the memory that is left after the weights.
-
-    Raises CapacityError with the sum if one full context, or what was asked for, does not fit.
-    """
+def context_length(config: EngineConfig, text: TextConfig) -> int:
+    """Longest prompt plus answer, in tokens. ConfigError if it is more than the checkpoint has positions for."""
     max_model_len = config.max_model_len or min(text.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     if max_model_len > text.max_position_embeddings:
         raise ConfigError(
             f"EngineConfig.max_model_len: got {max_model_len}; the checkpoint's positions end at "
             f"{text.max_position_embeddings}. Lower max_model_len."
         )
+    return max_model_len
+
+
+def plan_cache(config: EngineConfig, text: TextConfig, dtype: torch.dtype, free_bytes: int) -> CachePlan:
+    """Blocks and context for the memory that is left after the weights and what passes take.
+
+    Raises CapacityError with the sum if one full context, or what was asked for, does not fit.
+    """
+    max_model_len = context_length(config, text)
     size = block_bytes(text, config.block_size, dtype)
     per_sequence = ceil_div(max_model_len, config.block_size)
     if config.num_blocks is not None:

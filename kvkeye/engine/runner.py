@@ -15,13 +15,15 @@ from torch import Tensor
 
 from kvkeye import ops
 from kvkeye.engine.batch import EncodeBatch, ForwardBatch, SampleBatch, TokenInputs, VerifyBatch
-from kvkeye.engine.decode_graphs import DecodeGraphs
+from kvkeye.engine.block_manager import ceil_div
+from kvkeye.engine.decode_graphs import DecodeGraphs, nothing
 from kvkeye.engine.encoder_graphs import EncoderGraphs
 from kvkeye.engine.graphs import Recorder
 from kvkeye.engine.outputs import Logprob
 from kvkeye.engine.staging import to_device
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
+from kvkeye.models.keye.positions import MediaGrid
 
 # Called with (row id, tokens before the drawn one) per drawn token and the logits [R, V] in the model's dtype.
 LogitsHook = Callable[[list[tuple[int, int]], Tensor], None]
@@ -69,6 +71,18 @@ class Runner:
         """Records encoder passes of up to so many patches; later ones are replays where they fit."""
         with torch.inference_mode(), self._forced():
             self._encoder_graphs = EncoderGraphs(self.model, sizes, record)
+
+    def rehearse(self, num_tokens: int, num_rows: int, num_patches: int) -> None:
+        """Runs a step of so many tokens, so many rows with logits, and an encoder pass; both leave nothing behind."""
+        with torch.inference_mode(), self._forced():
+            inputs, _ = to_device(nothing(num_tokens), self.model.device)
+            hidden = self.model(self.model.embed(inputs.token_ids), inputs.positions, self._context(inputs))
+            self.model.logits(hidden[:num_rows])
+            vision = self.model.config.vision
+            side = vision.spatial_merge_size
+            grid = MediaGrid("image", (1, side, side * ceil_div(num_patches, side**2)))
+            pixels = torch.zeros(grid.num_patches, vision.patch_dim, dtype=self.model.dtype, device=self.model.device)
+            self.model.encode_media(pixels, [grid])
 
     def run(self, batch: ForwardBatch) -> StepResult:
         """Computes a step: caches get the keys and values of its tokens, rows that are due get their next tokens."""

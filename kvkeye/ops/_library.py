@@ -45,8 +45,8 @@ def native(name: str) -> Native:
         why = build_info().get(f"{name}_reason", "it was not built; reinstall kvkeye with a C++ compiler at hand")
         return Native(None, f"{path.name} is absent: {why}")
     if name == "cuda":
-        if not torch.cuda.is_available():
-            return Native(None, "no GPU is visible to torch")
+        if (reason := gpu_reason()) is not None:
+            return Native(None, reason)
         # The stable ABI's device shims live in libtorch_cuda; they must be visible to a library linked without it.
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
     try:
@@ -62,13 +62,18 @@ def _define_schemas(name: str) -> None:
 
     library = torch.library.Library(_NAMESPACE[name], "FRAGMENT")
     for op in OPS.values():
-        if name in op.implementations:
+        if name in op.implementations and op.implementations[name].target is None:
             # The stable ABI passes plain integers.
             library.define(op.name + op.schema.replace("SymInt", "int"))
     _KEEP.append(library)
 
 
 _KEEP: list[torch.library.Library] = []
+
+
+def gpu_reason() -> str | None:
+    """Why nothing can run on a GPU, or None."""
+    return None if torch.cuda.is_available() else "no GPU is visible to torch"
 
 
 @functools.cache

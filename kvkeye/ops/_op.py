@@ -44,18 +44,18 @@ class Implementation:
         """Why this implementation cannot exist on this machine, or None."""
         if self.name == "triton":
             return _library.triton_reason()
-        if self.name in ("cpp", "cuda"):
-            return _library.native_reason(self.name, self.op)
-        return None
+        if self.target is not None:
+            return _library.gpu_reason()
+        return _library.native_reason(self.name, self.op)
 
     @functools.cached_property
     def call(self) -> Callable[..., Any]:
-        if self.name == "triton":
-            module, function = (self.target or "").split(":")
-            return getattr(  # type: ignore[no-any-return]
-                importlib.import_module(f"kvkeye.triton_kernels.{module}"), function
-            )
-        return _library.native_op(self.name, self.op)
+        if self.target is None:
+            return _library.native_op(self.name, self.op)
+        module, function = self.target.split(":")
+        package = "kvkeye.triton_kernels" if self.name == "triton" else "kvkeye.ops"
+        found: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{module}"), function)
+        return found
 
     def reasons(self, tensors: Sequence[Tensor], args: Sequence[Any]) -> Iterator[str]:
         """Sentences that say why this call cannot run here; none if it can."""
@@ -118,7 +118,8 @@ class Op:
         refuses: Reasons | None = None,
         dtypes: Sequence[torch.dtype] | None = None,
     ) -> None:
-        """Adds an implementation. `target` is "module:function" below `kvkeye.triton_kernels`.
+        """Adds an implementation. `target` is "module:function" below `kvkeye.triton_kernels`, or for "cuda" below
+        `kvkeye.ops`, where a library does it; without one it is the kernel of the op's name in the compiled library.
 
         A launcher's own refusals stand beside it as `<function>_refuses` and are found by that name.
         """

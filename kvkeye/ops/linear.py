@@ -205,6 +205,7 @@ def prepacked_linear_silu_mul(x: Tensor, packed: Tensor, outputs: int) -> Tensor
 
 
 packed_linear.implement("cpp")
+packed_linear.implement("cuda", "_cublas:packed_linear")
 packed_linear.implement("triton", "linear:packed_linear")
 packed_linear.differentiate("x", "weight", "bias", backward=packed_linear_backward)
 pack_weight.implement("cpp", refuses=_words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -38,21 +37,24 @@ def test_facts_of_this_machine(doctor):
         assert "cpp" in found["kernels run"]["value"]
 
 
-def test_what_a_gpu_would_run_is_listed(doctor):
-    chosen = doctor()[2]["GPU ops"]["value"].removeprefix("on a GPU ")
-    listed = {name: set(found.split(", ")) for name, _, found in (part.partition(": ") for part in chosen.split("; "))}
-    assert set().union(*listed.values()) == set(SERVING_OPS)
-    assert {"copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample"} <= listed["cuda"]
+def test_what_a_gpu_would_run_is_listed_op_by_op(doctor):
+    found = doctor()[2]
+    chosen = {op: found[f"GPU {op}"]["value"].removeprefix("would run ") for op in SERVING_OPS}
+    first = {op: value.split()[0].rstrip(";") for op, value in chosen.items()}
+    assert {first[op] for op in ("copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample")} == {"cuda"}
+    assert first["rms_norm"] == "triton" and "cuda: not written" in chosen["rms_norm"]
+    assert chosen["packed_linear"].startswith("cuda; triton if invariant (cuda: cuBLAS chooses")
     kernels = {op for op in SERVING_OPS if {"cuda", "triton"} & set(ops.OPS[op].implementations)}
-    assert listed.get("eager", set()) == set(SERVING_OPS) - kernels
+    assert {op for op, name in first.items() if name == "eager"} == set(SERVING_OPS) - kernels
 
 
-def test_an_op_that_falls_to_its_reference_on_a_gpu_is_a_warning(doctor, monkeypatch):
+def test_an_op_that_falls_to_its_reference_on_a_gpu_is_a_warning(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(_library, "native_reason", lambda name, op: None)
-    monkeypatch.setitem(ops.OPS, "sample", dataclasses.replace(ops.OPS["sample"], implementations={}))
-    [found] = checks.gpu_ops()
-    assert found.status == "WARN" and "sample: cuda: sample has no cuda implementation" in found.advice
+    monkeypatch.setattr(_library, "native_reason", lambda name, op: "it was not built" if op == "sample" else None)
+    found = {check.name: check for check in checks.gpu_ops()}
+    assert found["GPU sample"].status == "WARN"
+    assert found["GPU sample"].value == "eager (cuda: it was not built; triton: not written)"
+    assert found["GPU copy_blocks"] == checks.Check("GPU copy_blocks", "PASS", "cuda")
 
 
 def test_text_ends_with_the_verdict(call):
