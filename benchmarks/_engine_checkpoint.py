@@ -57,6 +57,7 @@ def _text(hidden: int, wide: int, layers: int, heads: int, tied: bool, vocab_siz
 
 GEOMETRIES = {
     "qwen3-0.6b": Geometry("Qwen3-0.6B", _text(1024, 3072, 28, 16, tied=True)),
+    "qwen3-8b": Geometry("Qwen3-8B", _text(4096, 12288, 36, 32, tied=False)),
     "keye-quarter": Geometry("a quarter of Keye-VL 8B", _text(4096, 12288, 9, 32, tied=False)),
     "tiny": Geometry("tiny", _text(128, 256, 2, 2, tied=True, vocab_size=320)),
 }

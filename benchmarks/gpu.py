@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --rehearse --seconds 60  the checks on the CPU's kernels, where there is no GPU
 
 Steps, in order: conformance (every row of the case table for `cuda` and `triton`, against float64), graphs (a replayed
-graph gives the bits of the plain call), bits (a row's attention does not depend on its batch), timing. Each row is one
-line of JSON, written when it is done: started again, the command goes on where it stopped, and repeats what failed.
+graph gives the bits of the plain call), bits (a row's attention does not depend on its batch), engine (tiny-keye beside
+the CPU, recorded passes, bits, waits), decode (a step of Qwen3-8B's geometry), timing. Each row is one line of JSON,
+written when it is done: started again, the command goes on where it stopped, and repeats what failed.
 Exit code: 0 all passed, 1 a row failed, 3 no GPU, 4 time ran out (start it again).
 """
 
@@ -24,13 +25,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _gpu_checks import DTYPES, bits, conformance, graphs, outputs_of
+from _gpu_decode import decode_row, wall_times
+from _gpu_engine import engine_checks
 from _measure import machine
 
 from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
 from kvkeye.testing.compare import copied
 
-STEPS = ("conformance", "graphs", "bits", "timing")
+STEPS = ("conformance", "graphs", "bits", "engine", "decode", "timing")
 IMPLEMENTATIONS = ("cuda", "triton")
 FAILED, NO_GPU, OUT_OF_TIME = 1, 3, 4
 FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
@@ -130,6 +133,29 @@ def timing(record: Record, deadline: float) -> bool:
     return True
 
 
+def decoding(record: Record, deadline: float, is_rehearsal: bool) -> bool:
+    """A decode step of Qwen3-8B's geometry; rehearsed on a tiny one. False where time ran out."""
+    key = f"decode/{'tiny/1x64' if is_rehearsal else 'qwen3-8b/1x4096'}"
+    if record.done(key):
+        return True
+    if time.monotonic() > deadline:
+        return False
+    try:
+        if is_rehearsal:
+            figures = decode_row(torch.device("cpu"), 1, 64, None, wall_times, "tiny")
+        else:
+            figures = decode_row(torch.device("cuda"), 1, 4096, copy_bandwidth(), event_times)
+    except Exception as error:
+        record.add(key, f"fail: {type(error).__name__}: {error}")
+        print(f"{key}: {error}")
+        return True
+    record.add(key, "pass", **figures)
+    sides = ", ".join(f"{side} {ms:.3f} ms" for side, ms in figures["sides_ms"].items())
+    share = figures["share_of_copy"]
+    print(f"{key}: {sides}" + (f"; {share:.0%} of copy" if share else ""))
+    return True
+
+
 def checked(rows: Iterator[tuple[str, Callable[[], str]]], record: Record, deadline: float) -> bool:
     """Runs what is not done yet; False where time ran out."""
     for key, check in rows:
@@ -179,6 +205,8 @@ def main() -> int:
     steps: dict[str, Callable[[], bool]] = {
         "conformance": lambda: checked(conformance(names, device), record, deadline),
         "bits": lambda: checked(bits(names, device), record, deadline),
+        "engine": lambda: checked(engine_checks(device), record, deadline),
+        "decode": lambda: decoding(record, deadline, options.rehearse),
     }
     if not options.rehearse:
         steps["graphs"] = lambda: checked(graphs(names, device), record, deadline)

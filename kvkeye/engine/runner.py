@@ -25,7 +25,8 @@ from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.positions import MediaGrid
 
-# Called with (row id, tokens before the drawn one) per drawn token and the logits [R, V] in the model's dtype.
+# Called with (row id, tokens before the drawn one) per drawn token and the logits [R, V] in the model's dtype. The next
+# step may overwrite them.
 LogitsHook = Callable[[list[tuple[int, int]], Tensor], None]
 
 

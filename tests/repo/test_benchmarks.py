@@ -101,3 +101,15 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
     assert "fail" not in run("gpu.py", *options)
     written = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(written) == len(lines) + 1 and written[-1] == first and first["status"] == "pass"
+
+
+@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
+def test_the_gpu_benchmark_rehearses_the_engine(tmp_path):
+    """Parity, recorded passes and bits of tiny-keye, and a decode step of a small geometry, on the CPU's kernels."""
+    rows = tmp_path / "rows.jsonl"
+    output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "--json", str(rows))
+    found = {row["key"]: row for row in map(json.loads, rows.read_text().splitlines())}
+    verdicts = {key: row["status"].partition(":")[0] for key, row in found.items()}
+    assert verdicts.pop("engine/waits_per_step") == "refuse" and len(verdicts) == 5, output
+    assert set(verdicts.values()) == {"pass"}, output
+    assert len(found["decode/tiny/1x64"]["sides_ms"]) == 4
