@@ -27,21 +27,30 @@ __device__ __forceinline__ double value_of(bf16 x) {
   return __uint_as_float((uint32_t)x.bits << 16);
 }
 
+// A row of logits, whose settings it has, and the tokens (in shared memory) between the history and the draw.
+struct Place {
+  int64_t row, request;
+  const int* path;
+  int depth; // less than kBlockThreads
+};
+
 template <class T> struct Row {
   const SampleCudaParams<T>& p;
   Counts& counts;
-  int64_t row;
+  Place place;
   double inverse_temperature, peak, offset; // offset = peak / temperature
   float key_scale;
   bool penalised;
 
-  __device__ Row(const SampleCudaParams<T>& params, Counts& memory)
-      : p(params), counts(memory), row(blockIdx.x), peak(0.0), offset(0.0) {
-    const double temperature = p.temperature[row];
+  __device__ Row(const SampleCudaParams<T>& params, Counts& memory, const Place& where)
+      : p(params), counts(memory), place(where), peak(0.0), offset(0.0) {
+    const int64_t request = place.request;
+    const double temperature = p.temperature[request];
     inverse_temperature = 1.0 / temperature;
     key_scale = (float)(inverse_temperature * (64.0 * 1.4426950408889634)); // 64 per power of two
-    penalised = p.cu_history[row + 1] > p.cu_history[row] &&
-                (p.repetition[row] != 1.0f || p.presence[row] != 0.0f || p.frequency[row] != 0.0f);
+    penalised =
+        p.cu_history[request + 1] - p.cu_history[request] + place.depth > 0 &&
+        (p.repetition[request] != 1.0f || p.presence[request] != 0.0f || p.frequency[request] != 0.0f);
   }
 
   __device__ void set_peak(double value) {
@@ -49,43 +58,49 @@ template <class T> struct Row {
     offset = __dmul_rn(peak, inverse_temperature);
   }
 
-  // Counts the history's tokens in the slice.
+  __device__ void count_token(int slice, int id, bool in_prompt) const {
+    if (id < 0 || id >= p.vocabulary)
+      __trap();
+    if (id < slice || id >= slice + kSliceTokens)
+      return;
+    if (in_prompt)
+      atomicMax(&counts.seen[id - slice], 1u);
+    else
+      atomicAdd(&counts.seen[id - slice], 2u);
+  }
+
+  // Counts the tokens of history and path in the slice.
   __device__ void count(int slice) const {
     __syncthreads(); // the last slice's counts are read
     for (int i = (int)threadIdx.x; i < kSliceTokens; i += kBlockThreads)
       counts.seen[i] = 0;
     __syncthreads();
-    const int first = p.cu_history[row], end = p.cu_history[row + 1], prompt = p.num_prompt[row];
+    const int first = p.cu_history[place.request], end = p.cu_history[place.request + 1];
+    const int prompt = p.num_prompt[place.request];
     if (first < 0 || end > p.history_size)
       __trap();
-    for (int i = first + (int)threadIdx.x; i < end; i += kBlockThreads) {
-      const int id = p.history[i];
-      if (id < 0 || id >= p.vocabulary)
-        __trap();
-      if (id < slice || id >= slice + kSliceTokens)
-        continue;
-      if (i - first < prompt)
-        atomicMax(&counts.seen[id - slice], 1u);
-      else
-        atomicAdd(&counts.seen[id - slice], 2u);
-    }
+    for (int i = first + (int)threadIdx.x; i < end; i += kBlockThreads)
+      count_token(slice, p.history[i], i - first < prompt);
+    if ((int)threadIdx.x < place.depth)
+      count_token(slice, place.path[threadIdx.x], end - first + (int)threadIdx.x < prompt);
     __syncthreads();
   }
 
   // The value of a token of the slice that was counted last.
   __device__ double value(int i) const {
     if (p.mask != nullptr) {
-      const uint32_t word = (uint32_t)p.mask[row * ((p.vocabulary + 31) / 32) + (int64_t)i / 32];
+      const uint32_t word = (uint32_t)p.mask[place.row * ((p.vocabulary + 31) / 32) + (int64_t)i / 32];
       if ((word >> (i % 32) & 1u) == 0)
         return -INFINITY;
     }
-    const double value = value_of(p.logits[row * p.logits_stride + i]);
+    const double value = value_of(p.logits[place.row * p.logits_stride + i]);
     const uint32_t seen = penalised ? counts.seen[i % kSliceTokens] : 0;
     return seen == 0 ? value : with_penalties(value, (int)(seen >> 1));
   }
 
   __device__ double with_penalties(double value, int count) const {
-    const double repetition = p.repetition[row], presence = p.presence[row], frequency = p.frequency[row];
+    const double repetition = p.repetition[place.request], presence = p.presence[place.request],
+                 frequency = p.frequency[place.request];
     if (repetition != 1.0)
       value = value > 0.0 ? value / repetition : value * repetition;
     return count == 0 ? value : value - __dmul_rn(frequency, (double)count) - presence;

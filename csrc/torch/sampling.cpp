@@ -15,15 +15,17 @@ Tensor sample(const Tensor& logits, const Tensor& temperature, const Tensor& top
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   require(vocabulary > 0, kOp, ": logits has shape ", shape_text(logits), "; expected at least one column.");
   const Rows table = as_rows(logits_argument);
-  const Settings settings(kOp, rows, vocabulary, temperature, top_k, top_p, min_p, repetition, presence,
-                          frequency, history, cu_history, num_prompt, seeds, positions, sample_index);
+  const Settings settings(kOp, rows, temperature, top_k, top_p, min_p, repetition, presence, frequency,
+                          history, cu_history, num_prompt, seeds, positions, sample_index);
+  check_history(kOp, settings, vocabulary);
   const Tensor bits = mask.has_value() ? allowed(kOp, *mask, rows, vocabulary) : settings.history;
   const Tensor tokens = empty(settings.seeds, {rows});
-  const int64_t longest = settings.longest_history();
+  const int64_t longest = longest_history(settings);
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
     SampleParams<T> params{};
-    settings.fill(params, vocabulary);
+    settings.fill(params);
+    params.vocabulary = vocabulary;
     params.logits = read<T>(table.tensor);
     params.mask = mask.has_value() ? read<int32_t>(bits) : nullptr;
     params.tokens = write<int64_t>(tokens);

@@ -1,36 +1,18 @@
-// What the ops that draw tokens share: their settings, checked, and working memory.
+// What the CPU's ops that draw tokens share: their settings' values, checked, and working memory.
 #pragma once
 
-#include "checks.h"
 #include "kvkeye/sampling.h"
+#include "sampling_settings.h"
 
 #include <algorithm>
 #include <memory>
-#include <optional>
 
 namespace kvkeye {
 
-// A per-row setting of the right shape and type, contiguous.
-inline Tensor setting(const char* op, const char* name, const Tensor& tensor, int64_t rows,
-                      ScalarType dtype) {
-  const Argument argument{op, name, tensor};
-  argument.has_shape({rows});
-  argument.has_dtype(dtype);
-  return dense(tensor);
-}
-
-inline Tensor allowed(const char* op, const Tensor& mask, int64_t rows, int64_t vocabulary) {
-  const Argument argument{op, "mask", mask};
-  argument.has_shape({rows, (vocabulary + 31) / 32});
-  argument.has_dtype(ScalarType::Int);
-  return dense(mask);
-}
-
-inline void check_history(const char* op, const Tensor& history, const Tensor& cu_history,
-                          const Tensor& num_prompt, int64_t vocabulary) {
-  const int32_t *ids = read<int32_t>(history), *bounds = read<int32_t>(cu_history),
-                *prompt = read<int32_t>(num_prompt);
-  const int64_t rows = num_prompt.size(0), length = history.size(0);
+inline void check_history(const char* op, const Settings& settings, int64_t vocabulary) {
+  const int32_t *ids = read<int32_t>(settings.history), *bounds = read<int32_t>(settings.cu_history),
+                *prompt = read<int32_t>(settings.num_prompt);
+  const int64_t rows = settings.num_prompt.size(0), length = settings.history.size(0);
   for (int64_t b = 0; b < rows; ++b) {
     require(0 <= bounds[b] && bounds[b] <= bounds[b + 1] && bounds[b + 1] <= length, op, ": cu_history[", b,
             "] = ", bounds[b], " and [", b + 1, "] = ", bounds[b + 1],
@@ -42,57 +24,13 @@ inline void check_history(const char* op, const Tensor& history, const Tensor& c
             "; expected a token id from 0 to ", vocabulary - 1, ".");
 }
 
-// The settings of B draws over `vocabulary` tokens, in the order of the ops' arguments.
-struct Settings {
-  Tensor temperature, top_k, top_p, min_p, repetition, presence, frequency, history, cu_history, num_prompt,
-      seeds, positions, sample_index;
-
-  Settings(const char* op, int64_t rows, int64_t vocabulary, const Tensor& temperature_, const Tensor& top_k_,
-           const Tensor& top_p_, const Tensor& min_p_, const Tensor& repetition_, const Tensor& presence_,
-           const Tensor& frequency_, const Tensor& history_, const Tensor& cu_history_,
-           const Tensor& num_prompt_, const Tensor& seeds_, const Tensor& positions_,
-           const Tensor& sample_index_)
-      : temperature(setting(op, "temperature", temperature_, rows, ScalarType::Float)),
-        top_k(setting(op, "top_k", top_k_, rows, ScalarType::Int)),
-        top_p(setting(op, "top_p", top_p_, rows, ScalarType::Float)),
-        min_p(setting(op, "min_p", min_p_, rows, ScalarType::Float)),
-        repetition(setting(op, "repetition", repetition_, rows, ScalarType::Float)),
-        presence(setting(op, "presence", presence_, rows, ScalarType::Float)),
-        frequency(setting(op, "frequency", frequency_, rows, ScalarType::Float)),
-        history(setting(op, "history", history_, history_.numel(), ScalarType::Int)),
-        cu_history(setting(op, "cu_history", cu_history_, rows + 1, ScalarType::Int)),
-        num_prompt(setting(op, "num_prompt", num_prompt_, rows, ScalarType::Int)),
-        seeds(setting(op, "seeds", seeds_, rows, ScalarType::Long)),
-        positions(setting(op, "positions", positions_, rows, ScalarType::Long)),
-        sample_index(setting(op, "sample_index", sample_index_, rows, ScalarType::Long)) {
-    check_history(op, history, cu_history, num_prompt, vocabulary);
-  }
-
-  template <class T> void fill(SampleParams<T>& params, int64_t vocabulary) const {
-    params.temperature = read<float>(temperature);
-    params.top_p = read<float>(top_p);
-    params.min_p = read<float>(min_p);
-    params.top_k = read<int32_t>(top_k);
-    params.repetition = read<float>(repetition);
-    params.presence = read<float>(presence);
-    params.frequency = read<float>(frequency);
-    params.history = read<int32_t>(history);
-    params.cu_history = read<int32_t>(cu_history);
-    params.num_prompt = read<int32_t>(num_prompt);
-    params.seeds = read<int64_t>(seeds);
-    params.positions = read<int64_t>(positions);
-    params.sample_index = read<int64_t>(sample_index);
-    params.vocabulary = vocabulary;
-  }
-
-  int64_t longest_history() const {
-    const int32_t* bounds = read<int32_t>(cu_history);
-    int64_t longest = 0;
-    for (int64_t b = 0; b + 1 < cu_history.size(0); ++b)
-      longest = std::max<int64_t>(longest, bounds[b + 1] - bounds[b]);
-    return longest;
-  }
-};
+inline int64_t longest_history(const Settings& settings) {
+  const int32_t* bounds = read<int32_t>(settings.cu_history);
+  int64_t longest = 0;
+  for (int64_t b = 0; b + 1 < settings.cu_history.size(0); ++b)
+    longest = std::max<int64_t>(longest, bounds[b + 1] - bounds[b]);
+  return longest;
+}
 
 // Working memory of one thread.
 struct Workspace {

@@ -57,17 +57,19 @@ verify_draft(const Tensor& logits, const Tensor& draft_tokens, const Tensor& tre
     Argument{kOp, "draft_probs", *draft_probs}.has_shape({rows, vocabulary});
     Argument{kOp, "draft_probs", *draft_probs}.has_dtype(ScalarType::Float);
   }
-  const Settings settings(kOp, trees, vocabulary, temperature, top_k, top_p, min_p, repetition, presence,
-                          frequency, history, cu_history, num_prompt, seeds, positions, sample_index);
+  const Settings settings(kOp, trees, temperature, top_k, top_p, min_p, repetition, presence, frequency,
+                          history, cu_history, num_prompt, seeds, positions, sample_index);
+  check_history(kOp, settings, vocabulary);
   const Tensor bits = mask.has_value() ? allowed(kOp, *mask, rows, vocabulary) : settings.history;
   const Tensor shares = draft_probs.has_value() ? dense(*draft_probs) : logits;
   const Tensor tokens = empty(proposed, {rows}), from = empty(proposed, {rows}),
                counts = empty(proposed, {trees});
-  const int64_t longest = settings.longest_history() + kTreeRows;
+  const int64_t longest = longest_history(settings) + kTreeRows;
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
     VerifyDraftParams<T> params{};
-    settings.fill(params.sample, vocabulary);
+    settings.fill(params.sample);
+    params.sample.vocabulary = vocabulary;
     params.sample.mask = mask.has_value() ? read<int32_t>(bits) : nullptr;
     params.logits = read<T>(table.tensor);
     params.logits_stride = table.stride;

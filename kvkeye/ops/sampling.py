@@ -151,10 +151,11 @@ def pick(mass: Tensor, u: float) -> int:
     return min(index, int(mass.nonzero()[-1]))
 
 
-def _vocabulary_too_large(logits: Tensor, *rest: object) -> Iterator[str]:
+def vocabulary_too_large(logits: Tensor, *rest: object) -> Iterator[str]:
+    """Why the GPU kernels cannot draw from such rows."""
     if logits.shape[1] > 1 << 20:
         yield f"the vocabulary has {logits.shape[1]} tokens; the GPU kernel takes at most {1 << 20}"
 
 
 sample.implement("cpp")
-sample.implement("cuda", refuses=_vocabulary_too_large)
+sample.implement("cuda", refuses=vocabulary_too_large)

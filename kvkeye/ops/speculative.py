@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvkeye.ops._op import op
-from kvkeye.ops.sampling import keep_allowed, masses, penalise, pick, settings_fit
+from kvkeye.ops.sampling import keep_allowed, masses, penalise, pick, settings_fit, vocabulary_too_large
 from kvkeye.utils import philox
 
 MAX_TREE_ROWS = 64
@@ -147,3 +147,4 @@ def _shapes(
 
 verify_draft.fake(_shapes)
 verify_draft.implement("cpp")
+verify_draft.implement("cuda", refuses=vocabulary_too_large)

@@ -33,16 +33,32 @@ ATTENTION = [
 ]
 
 SAMPLING = [
-    Plant("sampling_row.h", "row * p.logits_stride + i", "row * p.logits_stride + i + 1", "logits"),
+    Plant("sampling_row.h", "place.row * p.logits_stride + i", "place.row * p.logits_stride + i + 1", "logits"),
     Plant("sampling_row.h", "(int64_t)i / 32", "(int64_t)i / 32 + 1", "mask"),
     Plant("sampling_row.h", "p.history[i]", "p.history[i + 1]", "history"),
-    Plant("sampling_row.h", "p.num_prompt[row]", "p.num_prompt[row + 1]", "num_prompt"),
-    Plant("sampling_row.h", "p.temperature[row]", "p.temperature[row + 1]", "temperature"),
+    Plant("sampling_row.h", "p.num_prompt[place.request]", "p.num_prompt[place.request + 1]", "num_prompt"),
+    Plant("sampling_row.h", "p.temperature[request]", "p.temperature[request + 1]", "temperature"),
     Plant("sampling_row.h", "counts.seen[i % kSliceTokens]", "counts.seen[i]", "counts"),
-    Plant("sampling.cu", "p.top_p[row] < 1.0f", "p.top_p[row + 1] < 1.0f", "top_p"),
-    Plant("sampling.cu", "p.seeds[row]", "p.seeds[row + 1]", "seeds"),
-    Plant("sampling.cu", "p.tokens[row.row]", "p.tokens[row.row + 1]", "tokens"),
-    Plant("sampling.cu", "bucket.count_before + bucket.count", "0 * bucket.count", "candidates"),
+    Plant("sampling_draw.h", "p.top_p[request] < 1.0f", "p.top_p[request + 1] < 1.0f", "top_p"),
+    Plant("sampling_draw.h", "row.p.seeds[request]", "row.p.seeds[request + 1]", "seeds"),
+    Plant("sampling.cu", "p.tokens[at]", "p.tokens[at + 1]", "tokens"),
+    Plant("sampling_draw.h", "bucket.count_before + bucket.count", "0 * bucket.count", "candidates"),
+]
+
+SPECULATIVE = [
+    Plant("speculative.cu", "p.tree_parents[tree.first + i]", "p.tree_parents[p.sample.rows + i]", "tree_parents"),
+    Plant("speculative.cu", "p.draft_tokens[tree.first + i]", "p.draft_tokens[tree.first + i + 1]", "draft_tokens"),
+    Plant("speculative.cu", "p.cu_rows[tree + 1]", "p.cu_rows[tree + 2]", "cu_rows"),
+    Plant(
+        "speculative.cu", "(int64_t)at * p.sample.vocabulary", "(int64_t)(at + 1) * p.sample.vocabulary", "draft_probs"
+    ),
+    Plant("speculative.cu", "p.sample.tokens[at]", "p.sample.tokens[at + 1]", "tokens of the draws"),
+    Plant(
+        "speculative.cu", "p.rows[tree.first + lane + 32 * half]", "p.rows[tree.first + lane + 32 * half + 1]", "rows"
+    ),
+    Plant("speculative.cu", "p.counts[request]", "p.counts[request + 1]", "counts"),
+    Plant("speculative.cu", "branch.path[--depth]", "branch.path[--depth - 1]", "path"),
+    Plant("speculative.cu", "offers.tokens[count++]", "offers.tokens[count++ - 1]", "offers"),
 ]
 
 ROPE = [
@@ -84,4 +100,4 @@ VIDEO_FUSION = [
     Plant("video_fusion.cu", "p.weights[tile * p.length + place]", "p.weights[tile * p.length + place + 1]", "weights"),
 ]
 
-ALL = [*ATTENTION, *SAMPLING, *ROPE, *VISION, *KV_CACHE, *VIDEO_FUSION]
+ALL = [*ATTENTION, *SAMPLING, *SPECULATIVE, *ROPE, *VISION, *KV_CACHE, *VIDEO_FUSION]

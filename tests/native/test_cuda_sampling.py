@@ -17,7 +17,7 @@ from tests.native import cuda_plants as plants
 from tests.native.cuda_harness import Call, Plant
 
 SOURCE = harness.CUDA / "sampling.cu"
-FILES = [SOURCE, *(harness.CUDA / f"sampling_{part}.h" for part in ("block", "row", "cut"))]
+FILES = [SOURCE, *(harness.CUDA / f"sampling_{part}.h" for part in ("block", "row", "cut", "draw"))]
 NAMES = (
     "logits", "temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency", "history", "cu_history",
     "num_prompt", "seeds", "positions", "sample_index", "mask",

@@ -3,7 +3,7 @@
 #include "kvkeye/attention_cuda.h"
 #include "kvkeye/kv_cache.h"
 #include "kvkeye/rope_cuda.h"
-#include "kvkeye/sampling_cuda.h"
+#include "kvkeye/speculative_cuda.h"
 #include "kvkeye/video_fusion_cuda.h"
 #include "kvkeye/vision_pack_cuda.h"
 
@@ -40,6 +40,13 @@ template <class T> void print_typed() {
   SampleCudaParams<T> row{};
   row.rows = row.vocabulary = 1;
   cuda::sample(row, nullptr);
+  VerifyDraftCudaParams<T> trees{};
+  trees.sample = row;
+  trees.trees = 1;
+  cuda::verify_draft(trees, nullptr);
+  const float probability = 1.0f;
+  trees.draft_probs = &probability;
+  cuda::verify_draft(trees, nullptr);
   PackCudaParams<T> pack{};
   pack.tiles = 1;
   cuda::pack_patches(pack, nullptr);

@@ -1,11 +1,11 @@
 #include "case.h"
-#include "kvkeye/sampling_cuda.h"
+#include "kvkeye/speculative_cuda.h"
 
 using namespace kvkeye;
 
 namespace {
 
-template <class T> int sample(host_cuda::Case& c) {
+template <class T> SampleCudaParams<T> draws(host_cuda::Case& c) {
   SampleCudaParams<T> p{};
   p.logits = c.buffer<T>("logits");
   p.temperature = c.buffer<float>("temperature");
@@ -27,11 +27,29 @@ template <class T> int sample(host_cuda::Case& c) {
   p.logits_stride = c.number("logits_stride");
   p.history_size = c.number("history_size");
   p.vocabulary = (int32_t)c.number("vocabulary");
-  return cuda::sample(p, nullptr);
+  return p;
+}
+
+template <class T> int verify_draft(host_cuda::Case& c) {
+  VerifyDraftCudaParams<T> p{};
+  p.sample = draws<T>(c);
+  p.draft_tokens = c.buffer<int64_t>("draft_tokens");
+  p.tree_parents = c.buffer<int32_t>("tree_parents");
+  p.cu_rows = c.buffer<int32_t>("cu_rows");
+  p.draft_probs = c.number("probable") != 0 ? c.buffer<float>("draft_probs") : nullptr;
+  p.rows = c.buffer<int64_t>("from_rows");
+  p.counts = c.buffer<int64_t>("counts");
+  p.trees = c.number("trees");
+  return cuda::verify_draft(p, nullptr);
 }
 
 } // namespace
 
 KVKEYE_CALL(sample) {
-  return c.number("bf16") != 0 ? sample<bf16>(c) : sample<float>(c);
+  return c.number("bf16") != 0 ? cuda::sample(draws<bf16>(c), nullptr)
+                               : cuda::sample(draws<float>(c), nullptr);
+}
+
+KVKEYE_CALL(verify_draft) {
+  return c.number("bf16") != 0 ? verify_draft<bf16>(c) : verify_draft<float>(c);
 }
