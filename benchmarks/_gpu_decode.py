@@ -76,7 +76,7 @@ class Side:
 
     def recorded(self, inputs: TokenInputs, packed: Tensor) -> Callable[[], Tensor]:
         batch, width = inputs.block_table.shape
-        record = CudaRecorder() if packed.is_cuda else rerun
+        record = CudaRecorder(packed.device) if packed.is_cuda else rerun
         self.runner.record([batch], width, record)
         graphs = self.runner._graphs
         assert graphs is not None

@@ -120,12 +120,13 @@ def _assert_equal(found: Answers, expected: Answers) -> None:
 
 
 def waits_per_step(device: str, dtype: str) -> str:
-    """A decoding step makes the host wait once: when it reads the drawn tokens."""
+    """A decoding step makes the host wait once: when it reads the drawn tokens and their log-probabilities."""
     if device == "cpu":
         return "refuse: a CPU has nothing to wait for"
     with closing(open_engine(device, dtype)) as engine:
-        for name, messages in questions().items():
-            engine.add(name, messages, SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True))
+        for number, (name, messages) in enumerate(questions().items()):
+            logprobs = 3 if number < 2 else None
+            engine.add(name, messages, SamplingParams(temperature=0, ignore_eos=True, logprobs=logprobs))
         while any(seq.num_generated < 2 for seq in engine.scheduler.running) or engine.scheduler.waiting:
             engine.step()
         counts = []

@@ -26,20 +26,22 @@ def rerun(body: Callable[[], object]) -> Callable[[], object]:
 
 
 class CudaRecorder:
-    """Captures CUDA graphs whose temporary tensors share one pool: record the largest first."""
+    """Captures CUDA graphs on one device whose temporary tensors share one pool: record the largest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, body: Callable[[], object]) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            body()  # what is made once, such as compiled kernels and workspaces, is made before the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            body()
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                body()  # what is made once, such as compiled kernels and workspaces, is made before the capture
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                body()
         return graph.replay
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -211,24 +212,43 @@ def _logit_names(batch: ForwardBatch) -> list[tuple[int, int]]:
 
 
 def _draw(logits: Tensor, sample: SampleBatch) -> tuple[list[int], list[dict[int, Logprob] | None]]:
-    """logits [B, V] -> B tokens and, where asked for, log-probabilities."""
-    tokens: list[int] = ops.sample(logits, *sample.settings.args(), None).tolist()
-    logprobs = [_wanted_logprobs(row, token, count) for row, token, count in zip(logits, tokens, sample.num_logprobs)]
-    return tokens, logprobs
+    """logits [B, V] -> B tokens and, where asked for, log-probabilities. The host waits once, for all of it."""
+    drawn = ops.sample(logits, *sample.settings.args(), None)
+    wanted = [i for i, count in enumerate(sample.num_logprobs) if count is not None]
+    if not wanted:
+        return drawn.tolist(), [None] * len(drawn)
+    ranked = [_ranked(logits[i], drawn[i : i + 1], sample.num_logprobs[i] or 0) for i in wanted]
+    read = iter(torch.cat((drawn.double(), *ranked)).tolist())  # fp64 holds ids and fp32 exactly
+    tokens = list(map(int, islice(read, len(drawn))))
+    named = {i: _named(list(islice(read, len(part)))) for i, part in zip(wanted, ranked)}
+    return tokens, [named.get(i) if token >= 0 else None for i, token in enumerate(tokens)]
 
 
 def _wanted_logprobs(logits: Tensor, token: int, count: int | None) -> dict[int, Logprob] | None:
-    return None if count is None or token < 0 else _logprobs(logits, token, count)
+    if count is None or token < 0:
+        return None
+    return _named(_ranked(logits, torch.tensor([token]).to(logits.device), count).tolist())
 
 
-def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, Logprob]:
-    """The drawn token and the `count` likeliest. logits [V]."""
-    ids = [token, *logits.topk(min(count, logits.shape[0])).indices.tolist()]
-    targets = torch.tensor(ids, device=logits.device)
-    values = ops.token_logprobs(logits.expand(len(ids), -1), targets).tolist()
-    found = {token: Logprob(values[0], int((logits > logits[token]).sum()) + 1)}
-    for rank, (likely, value) in enumerate(zip(ids[1:], values[1:]), 1):
-        found.setdefault(likely, Logprob(value, rank))
+def _ranked(logits: Tensor, token: Tensor, count: int) -> Tensor:
+    """Rank of a drawn token, then it and the `count` likeliest, then their log-probabilities: [1 + 2 n] fp64.
+
+    logits [V], token [1]; -1 gives something that nobody reads.
+    """
+    token = token.clamp(min=0)
+    ids = torch.cat((token, logits.topk(min(count, logits.shape[0])).indices))  # [n]
+    values = ops.token_logprobs(logits.expand(len(ids), -1), ids)
+    rank = (logits > logits[token]).sum().view(1) + 1
+    return torch.cat((rank.double(), ids.double(), values.double()))
+
+
+def _named(ranked: list[float]) -> dict[int, Logprob]:
+    """What `_ranked` found, by token."""
+    count = len(ranked) // 2
+    ids, values = ranked[1 : 1 + count], ranked[1 + count :]
+    found = {int(ids[0]): Logprob(values[0], int(ranked[0]))}
+    for rank, (token, value) in enumerate(zip(ids[1:], values[1:]), 1):
+        found.setdefault(int(token), Logprob(value, rank))
     return found
 
 

@@ -35,7 +35,7 @@ def record_passes(runner: Runner, config: EngineConfig, max_model_len: int, reco
 def warm_up(runner: Runner, config: EngineConfig, max_model_len: int) -> None:
     """Records the passes of an engine on a GPU. On a CPU, and where graphs are not wanted, there is nothing to do."""
     if runner.model.device.type == "cuda" and not config.enforce_eager:
-        record_passes(runner, config, max_model_len, CudaRecorder())
+        record_passes(runner, config, max_model_len, CudaRecorder(runner.model.device))
 
 
 def working_bytes(model: KeyeModel, config: EngineConfig, max_model_len: int, backends: str) -> int:

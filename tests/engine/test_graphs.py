@@ -23,7 +23,7 @@ from kvkeye.testing.tiny import tiny_keye_model
 from tests.engine import test_bits, test_speculation
 from tests.engine.logits import check_lossless, logits_of, preempt_often
 from tests.engine.test_bits import MANY, PROMPTS, check
-from tests.engine.tiny import model
+from tests.engine.tiny import greedy, model, prompt
 from tests.watch import Watch
 
 WIDTH = 20  # blocks of 32 tokens in contexts of 640
@@ -193,6 +193,20 @@ def test_sizes(most):
     assert most > 256 or (sizes[-1] >= most and (len(sizes) == 1 or sizes[-2] < most))
     packs = patch_sizes(most)
     assert packs[-1] >= most and all(b - a <= max(128, a / 4) for a, b in itertools.pairwise(packs))
+
+
+def test_a_step_reads_from_the_device_once(monkeypatch):
+    """Tokens and log-probabilities of all rows in one piece; building a step reads nothing that was on the device."""
+    served, _, _ = recorded(test_bits.served_by(speculation=None))
+    for i in range(4):
+        served.add(str(i), prompt(i, 20), greedy(8, logprobs=3 if i % 2 else None))
+    while served.scheduler.waiting or any(seq.num_generated < 2 for seq in served.scheduler.running):
+        served.step()
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or tolist(tensor))
+    with Watch():
+        outputs = served.step()
+    assert len(outputs) == 4 and len(reads) == 1
 
 
 # The encoder
