@@ -1,0 +1,96 @@
+"""An engine on a GPU that is not there: every tensor is where it has to be, and a step reads from the device once.
+
+Warm-up, encoding, chunked prefill, decoding and verification run as they would there, but for values: fake tensors have
+none. Recorded passes are run again instead of replayed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvkeye.engine import Engine, EngineConfig
+from kvkeye.engine import engine as engine_module
+from kvkeye.engine import warm_up as warm_up_module
+from kvkeye.engine.graphs import rerun
+from kvkeye.models.keye.model import KeyeModel
+from kvkeye.models.keye.parsing import OutputParser
+from kvkeye.testing.tiny import tiny_keye_config
+from tests.engine.scripted import ScriptedDrafter
+from tests.engine.tiny import Processor, greedy, picture, prompt
+from tests.fake_gpu import GPU, fake_gpu
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+GIB = 1 << 30
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What the machine would say: memory, of which the largest passes take a part, and a recorder."""
+    free = iter([4 * GIB, 3 * GIB])  # before and after what warm-up tries
+    monkeypatch.setattr(warm_up_module, "available_bytes", lambda device: next(free))
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: 4 * GIB)
+    monkeypatch.setattr(warm_up_module, "CudaRecorder", lambda device: rerun)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def served_by(version="preview", drafter=None, **config):
+    values = {"model": "tiny", "max_model_len": 256, "max_num_seqs": 4, "max_num_encoder_patches": 256}
+    with fake_gpu(), torch.device(GPU):
+        model = KeyeModel(tiny_keye_config(version))
+    with fake_gpu():
+        return Engine(EngineConfig(**values | config), model, Processor(), OutputParser, drafter)
+
+
+def steps(served, *prompts):
+    """(rows with tokens to draw, shapes read from the device) of every step; prompts are made of real tensors."""
+    for i, prepared in enumerate(prompts):
+        served.add(str(i), prepared, greedy(6, logprobs=2 if i == 1 else None))
+    found = []
+    while served.has_work:
+        reads = []
+        with fake_gpu(reads):
+            outputs = served.step()
+        assert [output.error for output in outputs if output.error] == []
+        found.append((len(outputs), reads))
+    return found
+
+
+@pytest.mark.parametrize("version", ["preview", "1.5"])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_step_reads_once_and_mixes_no_devices(gpu, version, enforce_eager):
+    served = served_by(version, max_prefill_chunk=19, enforce_eager=enforce_eager)
+    assert (served.runner._graphs is None) == enforce_eager
+    pictures = picture(1, (1, 6, 10)), picture(2, (1, 4, 4), (1, 4, 4), kind="video")
+    found = steps(served, prompt(0, 30), prompt(1, 5), prompt(2, 40, *pictures), prompt(3, 21, pictures[0]))
+    assert all(len(reads) == (rows > 0) for rows, reads in found) and len(found) > 8
+    assert served.stats().num_encoder_steps > 0
+
+
+def test_verification_reads_three_times(gpu):
+    """Drawn tokens, the rows they were drawn from, and their counts; recorded with and without trees."""
+    drafter = ScriptedDrafter(lambda seq: [0, 0, 0], 320, accuracy=0.9, width=2, depth=3)
+    served = served_by(drafter=drafter, speculation={"num_speculative_tokens": 3, "tree_width": 2, "adaptive": False})
+    served.add("a", prompt(0, 20), greedy(8))
+    counts = set()
+    for _ in range(6):
+        reads = []
+        with fake_gpu(reads):
+            served.step()
+        counts.add(len(reads))
+    assert counts <= {1, 3} and drafter.num_drafts > 0
+
+
+def test_what_passes_take_is_left_free(gpu, caplog):
+    caplog.set_level("INFO", logger="kvkeye.engine")
+    served_by()
+    assert "passes and recordings take 1.00 GiB" in caplog.text
+    assert caplog.text.count("recorded a step of") == 2 * 3 and caplog.text.count("recorded an encoder pass") == 2 * 2
+
+
+def test_reading_a_value_is_an_error_on_it():
+    with fake_gpu(), pytest.raises(RuntimeError):
+        torch.ones(3, device=GPU).tolist()
+    with fake_gpu(), pytest.raises(RuntimeError):
+        torch.ones(3, device=GPU) + torch.ones(3)
