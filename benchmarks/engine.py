@@ -148,7 +148,7 @@ def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: di
     length = given.prompt + 2 + TURN * (MAX_TURNS + 2)
     ours = Kvkeye(keye, length, BATCH, given.quantization)
     if given.profile:
-        print_profile(ours, random_prompts(geometry, 1, given.prompt, 0), geometry)
+        print_profile(ours, random_prompts(geometry, BATCH, given.prompt, 0), geometry, limits)
         return
     for phase in phases(given.sides):
         with opened(phase, qwen3, length) as peers:
@@ -169,7 +169,7 @@ def main() -> None:
     options.add_argument("--sides", nargs="*", choices=list(SIDES), help="only these peers; without a name, none")
     options.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     options.add_argument("--folder", type=Path, help="where the random checkpoint is kept between runs")
-    options.add_argument("--profile", action="store_true", help="where a step of one answer goes, by op")
+    options.add_argument("--profile", action="store_true", help="where steps of each kind go, by op")
     given = options.parse_args()
     if given.quick:
         given.geometry, given.prompt, given.seconds = "tiny", 32, 0.1

@@ -1,49 +1,11 @@
-// Attention over packed sequences, forward and backward.
+// Attention over packed sequences, forward and backward, and over a paged cache: one unit, since they share
+// kernels that take a compiler long.
 #include "attention_backward.h"
+#include "attention_packed.h"
+#include "attention_paged.h"
 #include "attention_tile.h"
 
 namespace kvkeye::KVKEYE_ISA {
-namespace {
-
-// The Work of one span and KV head. Rows: (token, query head of the group).
-template <class T> struct PackedRows {
-  using Type = T;
-  const VarlenAttentionParams<T>& p;
-  const QuerySpan& span;
-  int64_t kv_head, group;
-  int count;
-
-  PackedRows(const VarlenAttentionParams<T>& params, const QuerySpan& of, int64_t head)
-      : p(params), span(of), kv_head(head), group(p.num_q_heads / p.num_kv_heads),
-        count((int)((span.end - span.begin) * group)) {}
-
-  // One past the last position that any row sees.
-  int64_t end() const { return (p.causal ? span.end : span.sequence_end) - span.sequence_begin; }
-  int64_t token(int r) const { return span.begin + r / group; }
-  int64_t head(int r) const { return kv_head * group + r % group; }
-  const T* query(int r) const { return p.q + token(r) * p.q_strides.token + head(r) * p.q_strides.head; }
-  View view(int r) const { return {(p.causal ? token(r) + 1 : span.sequence_end) - span.sequence_begin, 0}; }
-
-  void locate(int64_t start, int columns, const T** keys, const T** values) const {
-    for (int j = 0; j < columns; ++j) {
-      const int64_t position = span.sequence_begin + start + j;
-      keys[j] = p.k + position * p.k_strides.token + kv_head * p.k_strides.head;
-      values[j] = p.v + position * p.v_strides.token + kv_head * p.v_strides.head;
-    }
-  }
-
-  int locate_next(const T**) const { return 0; } // threads take turns
-
-  void target(int r, T*& o, float*& lse) const {
-    const int64_t row = token(r) * p.num_q_heads + head(r);
-    o = p.o + row * p.head_dim;
-    lse = p.lse + row;
-  }
-
-  void partial(int, float*&, float*&, float*&) const {} // never by split
-};
-
-} // namespace
 
 template <class T> void varlen_attention(const VarlenAttentionParams<T>& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
@@ -66,7 +28,33 @@ void varlen_attention_backward(const VarlenAttentionBackwardParams<T>& p, int64_
   }
 }
 
+template <class T> void paged_attention(const PagedAttentionParams<T>& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const PagedRows<T> rows(p, item, end - 1);
+    attend<T>(rows, p.head_dim, p.softmax_scale, rows.end(), rows.span.split, p.scratch);
+  }
+}
+
+template <class T> void fold_splits(const FoldSplitsParams<T>& p, int64_t begin, int64_t end) {
+  const int64_t width = round_up(p.head_dim);
+  Arena arena(p.scratch);
+  float *out = arena.take(width), *split_out = arena.take(width);
+  for (int64_t row = begin; row < end; ++row) {
+    Totals sum{splat(-INFINITY), Vf{}};
+    clear(out, width, 0.0f);
+    for (int64_t split = 0; split < p.num_splits[row / p.num_q_heads]; ++split) {
+      const int64_t place = row * p.max_splits + split;
+      const Joint joint = join(sum, {splat(p.partial_max[place]), splat(p.partial_total[place])});
+      load_row(p.partial_o + place * p.head_dim, p.head_dim, split_out);
+      scale_add(out, split_out, width, joint.keep[0], joint.add[0]);
+    }
+    finish_row(out, p.head_dim, sum.max[0], sum.total[0], p.o + row * p.head_dim, p.lse + row);
+  }
+}
+
 KVKEYE_INSTANTIATE(varlen_attention, VarlenAttentionParams)
 KVKEYE_INSTANTIATE(varlen_attention_backward, VarlenAttentionBackwardParams)
+KVKEYE_INSTANTIATE(paged_attention, PagedAttentionParams)
+KVKEYE_INSTANTIATE(fold_splits, FoldSplitsParams)
 
 } // namespace kvkeye::KVKEYE_ISA

@@ -1,4 +1,4 @@
-// Rows in the lanes: their views, outputs and softmax states, whatever multiplies.
+// Rows in the lanes: what they see, their outputs and softmax states, whatever multiplies.
 #pragma once
 
 #include "attention_softmax.h"
@@ -20,7 +20,7 @@ template <class Work, int kVectors, bool kTogether> struct LaneRows {
   float* result;       // [kLanes, width]: rows again
   float *max, *total;  // [groups or 1, kGroup], of the current split
   float *folded_max, *folded_total; // [groups, kGroup], of the splits before
-  View* views;                      // [groups, kGroup]; those behind the last row see nothing
+  int64_t* seen;                    // [groups, kGroup]: positions; rows behind the last one see none
   int64_t *least, *most;            // [groups]: positions that all rows see, and that none sees from there on
 
   LaneRows(const Work& of, int64_t head_dim, Arena& arena)
@@ -40,14 +40,14 @@ template <class Work, int kVectors, bool kTogether> struct LaneRows {
     total = arena.take(live);
     folded_max = arena.take(rows);
     folded_total = arena.take(rows);
-    views = (View*)arena.take(rows * (int64_t)(sizeof(View) / sizeof(float)));
+    seen = (int64_t*)arena.take(2 * rows);
     least = (int64_t*)arena.take(2 * groups);
     most = (int64_t*)arena.take(2 * groups);
     clear(folded, rows * width, 0.0f);
     clear(folded_max, rows, -INFINITY);
     clear(folded_total, rows, 0.0f);
     for (int group = 0; group < groups; ++group)
-      view_rows(group);
+      count_seen(group);
   }
 
   int rows(int group) const { return first[group + 1] - first[group]; }
@@ -68,15 +68,14 @@ template <class Work, int kVectors, bool kTogether> struct LaneRows {
       body(group * kGroup + i);
   }
 
-  void view_rows(int group) {
+  void count_seen(int group) {
+    int64_t* own = seen + group * kGroup;
     for (int i = 0; i < kGroup; ++i)
-      views[group * kGroup + i] = i < rows(group) ? work.view(first[group] + i) : View{0, 0};
-    least[group] = most[group] = 0;
-    for (int i = 0; i < rows(group); ++i) {
-      const View& view = views[group * kGroup + i];
-      const int64_t end = view.prefix + (view.bits != 0 ? 64 : 0);
-      least[group] = i == 0 || view.prefix < least[group] ? view.prefix : least[group];
-      most[group] = end > most[group] ? end : most[group];
+      own[i] = i < rows(group) ? work.seen(first[group] + i) : 0;
+    least[group] = most[group] = own[0];
+    for (int i = 1; i < rows(group); ++i) {
+      least[group] = own[i] < least[group] ? own[i] : least[group];
+      most[group] = own[i] > most[group] ? own[i] : most[group];
     }
   }
 
@@ -92,19 +91,12 @@ template <class Work, int kVectors, bool kTogether> struct LaneRows {
   }
 
   KVKEYE_APART void hide_unseen(int r, int64_t start, int columns) {
-    uint32_t seen[2][kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t bits = visible(views[r + i], start) & first_bits(columns);
-      seen[0][i] = (uint32_t)bits;
-      seen[1][i] = (uint32_t)(bits >> 32);
-    }
+    Vi own;
+    for (int i = 0; i < kLanes; ++i)
+      own[i] = seen_columns(seen[r + i], start, columns);
     float* score = scores + r % kGroup;
-    for (int half = 0; half < 2; ++half) {
-      Vu bits;
-      std::memcpy(&bits, seen[half], sizeof bits);
-      for (int j = 0; j < 32; ++j, bits >>= 1, score += kGroup)
-        store(score, (bits & 1u) != 0 ? load(score) : splat(-INFINITY));
-    }
+    for (int j = 0; j < kTile; ++j, score += kGroup)
+      store(score, j < own ? load(score) : splat(-INFINITY));
   }
 
   // Adds a group's split to those before it.

@@ -193,7 +193,7 @@ template <class T, class Work, class Product> struct FewRows {
   float* scores;                    // [kFewRows, kTile]
   float *max, *total;               // [kFewRows], of the current split
   float *folded_max, *folded_total; // [kFewRows], of the splits before
-  View views[kFewRows];
+  int64_t seen[kFewRows];
 
   FewRows(const Work& of, int64_t head_dim, float softmax_scale, Arena arena)
       : work(of), dim(head_dim), width((head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)),
@@ -213,7 +213,7 @@ template <class T, class Work, class Product> struct FewRows {
     for (int r = 0; r < work.count; ++r) {
       for (int64_t w = 0; w < words_of<Product>(dim); w += kLanes)
         store(q + r * width + w, Product::load_query(work.query(r), w, dim, softmax_scale * kLog2E));
-      views[r] = work.view(r);
+      seen[r] = work.seen(r);
     }
   }
 
@@ -265,13 +265,12 @@ template <class T, class Work, class Product> struct FewRows {
   // Scores of one row become weights relative to its new maximum; what was summed before is rescaled.
   void weigh(int r, int64_t start, int columns) {
     float *row = scores + r * kTile, *sums = out + r * width;
-    const uint64_t all = first_bits(columns), seen = visible(views[r], start) & all;
-    if (seen == 0)
+    const int own = seen_columns(seen[r], start, columns);
+    if (own == 0)
       return clear(row, kTile, 0.0f);
-    const bool whole = seen == ~(uint64_t)0;
     Vf peak = splat(-INFINITY);
     for (int i = 0; i < kTile; i += kLanes) {
-      const Vf score = load(row + i), kept = whole ? score : hide(score, seen, i, -INFINITY);
+      const Vf score = load(row + i), kept = own == kTile ? score : first_lanes(score, own - i);
       store(row + i, kept);
       peak = KVKEYE_ISA::max(kept, peak);
     }

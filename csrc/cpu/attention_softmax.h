@@ -1,4 +1,4 @@
-// The online softmax: which positions a row sees, weights, and the state that splits leave behind.
+// The online softmax: weights, and the state that splits leave behind.
 //
 // Scores and maxima are in units of log2: queries are multiplied by log2(e) beside the softmax scale.
 #pragma once
@@ -13,41 +13,23 @@ namespace {
 constexpr int kRowVector = 16; // rows of a vector, of any instruction set
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-// What a row sees.
-
-// Positions [0, prefix), and position prefix + j where bit j is set.
-struct View {
-  int64_t prefix;
-  uint64_t bits;
-};
-
-// Bit j is set if the row sees position start + j.
-KVKEYE_INLINE uint64_t visible(const View& view, int64_t start) {
-  const int64_t before = view.prefix - start;
-  if (before >= 64)
-    return ~(uint64_t)0;
-  if (before >= 0)
-    return (((uint64_t)1 << before) - 1) | view.bits << before;
-  return before > -64 ? view.bits >> -before : 0;
-}
-
-// Positions of the tile at `start`; none where it starts behind the end.
+// Positions of the tile at `start` before `end`; none where it starts behind the end.
 KVKEYE_INLINE int tile_columns(int64_t start, int64_t end) {
   return end - start < kTile ? (end > start ? (int)(end - start) : 0) : kTile;
 }
 
-// The first `columns` bits.
-KVKEYE_INLINE uint64_t first_bits(int columns) {
-  return columns == 64 ? ~(uint64_t)0 : ((uint64_t)1 << columns) - 1;
+// Of the `columns` positions of the tile at `start` those that a row sees: the first ones.
+KVKEYE_INLINE int seen_columns(int64_t seen, int64_t start, int columns) {
+  return tile_columns(start, seen < start + columns ? seen : start + columns);
 }
 
-KVKEYE_INLINE Vf hide(Vf value, uint64_t seen, int first, float hidden) {
-  Vu lane;
+// The first `count` lanes, -inf in the others.
+KVKEYE_INLINE Vf first_lanes(Vf value, int count) {
+  Vi lane;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i)
-    lane[i] = (uint32_t)i;
-  const Vu bit = ((Vu{} + (uint32_t)(seen >> first)) >> lane) & 1u;
-  return bit != 0 ? value : splat(hidden);
+    lane[i] = i;
+  return lane < count ? value : splat(-INFINITY);
 }
 
 // Weights.
@@ -117,7 +99,8 @@ KVKEYE_INLINE void clear(float* target, int64_t size, float value) {
 
 // What a kernel asks for, for one KV head, is a Work:
 //   int count                                       rows, each a (token, query head of the group)
-//   const T* query(int r); View view(int r)         a row's query [dim], and what it sees
+//   const T* query(int r); int64_t seen(int r)      a row's query [dim], and how many positions it sees: the
+//                                                   first ones
 //   void locate(start, count, keys, values)         the rows [dim] at positions [start, start + count)
 //   int locate_next(rows)                           those of the first tile that is read after this Work, if
 //   known:

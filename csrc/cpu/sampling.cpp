@@ -4,6 +4,7 @@
 // only blocks that reach it can hold one of the first k.
 #include "kvkeye/sampling.h"
 #include "sampling_accept.h"
+#include "sampling_whole.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
@@ -13,7 +14,8 @@ template <class T> struct Drawing {
   const SampleWorkspace& work;
   Row<T> row;
   int64_t blocks, num_penalised;
-  double peak, temperature, offset; // offset = peak / temperature
+  double peak, temperature;
+  Softmax softmax;
   double top_p, min_p, u;
   int64_t top_k;
 };
@@ -44,12 +46,7 @@ template <class T> KVKEYE_INLINE int64_t first_at_peak(const Drawing<T>& d) {
 // The k-th largest maximum of a block. Tokens below it may still tie with it once they are probabilities,
 // so the bound lies a little lower.
 template <class T> KVKEYE_INLINE double lower_bound(const Drawing<T>& d) {
-  float* copy = d.work.peaks + d.blocks;
-  std::memcpy(copy, d.work.peaks, d.blocks * sizeof(float));
-  select<Falling>(copy, d.blocks, d.top_k);
-  double bound = copy[0];
-  for (int64_t i = 1; i < d.top_k; ++i)
-    bound = copy[i] < bound ? copy[i] : bound;
+  const double bound = kth_peak(d.work.peaks, d.blocks, d.top_k);
   double scale = fabs(bound) > fabs(d.peak) ? fabs(bound) : fabs(d.peak);
   scale = scale > d.temperature ? scale : d.temperature;
   return bound - 0x1p-40 * scale;
@@ -81,7 +78,7 @@ template <class T> int64_t draw_of_first(const Drawing<T>& d) {
     if (d.work.penalised[i].value >= low)
       c[found++] = d.work.penalised[i];
   for (int64_t i = 0; i < found; ++i)
-    c[i].value = exp_of(c[i].value / d.temperature - d.offset);
+    c[i].value = d.softmax.of(c[i].value);
   int64_t kept = d.top_k < found ? d.top_k : found;
   select<ByRank>(c, found, kept);
   if (d.top_p < 1.0)
@@ -92,9 +89,9 @@ template <class T> int64_t draw_of_first(const Drawing<T>& d) {
 // The whole vocabulary takes part: work.row holds what may be drawn.
 template <class T> void weigh_all(const Drawing<T>& d) {
   double* row = d.work.row;
-  fill_probabilities(d.row, d.temperature, d.offset, row);
+  fill_probabilities(d.row, d.softmax, 0, d.row.size, row);
   for (int64_t i = 0; i < d.num_penalised; ++i)
-    row[d.work.penalised[i].id] = exp_of(d.work.penalised[i].value / d.temperature - d.offset);
+    row[d.work.penalised[i].id] = d.softmax.of(d.work.penalised[i].value);
   truncate(row, d.work.candidates, d.row.size, d.top_k, d.top_p);
 }
 
@@ -106,13 +103,20 @@ template <class T> int64_t draw(const SampleParams<T>& p, int64_t b) {
     return -1;
   const double u = philox_uniform(p.seeds[b], p.positions[b], Draw::sample, p.sample_index[b]);
   const int64_t blocks = blocks_of(p.vocabulary, kScanBlock);
-  const Drawing<T> d{p.work,     row,        blocks, num_penalised, peak, temperature, peak / temperature,
+  const Softmax softmax = Softmax::of(peak, temperature);
+  const Drawing<T> d{p.work,     row,        blocks, num_penalised, peak, temperature, softmax,
                      p.top_p[b], p.min_p[b], u,      p.top_k[b]};
   if (temperature == 0.0)
     return first_at_peak(d);
-  const bool is_bounded = 0 < d.top_k && d.top_k < row.size && d.top_k <= blocks && temperature > 0.0;
-  if (is_bounded && fabs(d.offset) < INFINITY && p.drafts.probability == nullptr)
-    return draw_of_first(d);
+  const bool all = d.top_k <= 0 || d.top_k >= row.size;
+  if (temperature > 0.0 && fabs(softmax.offset) < INFINITY && p.drafts.probability == nullptr) {
+    if (!all && d.top_k <= blocks)
+      return draw_of_first(d);
+    const WholeDraw<T> whole{row, p.work, num_penalised, softmax, d.min_p};
+    const int64_t found = !all ? kUndecided : d.top_p < 1.0 ? whole.draw(d.top_p, u) : whole.draw(u);
+    if (found != kUndecided)
+      return found;
+  }
   weigh_all(d);
   if (p.drafts.probability != nullptr)
     return accept(p.work.row, row.size, d.min_p, p.drafts, p.seeds[b], p.positions[b], p.sample_index[b]);

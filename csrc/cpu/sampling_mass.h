@@ -12,26 +12,46 @@ namespace kvkeye::KVKEYE_ISA {
 namespace {
 
 constexpr double kDropped = -INFINITY;
-// NaN gives 0: it comes of -inf over an infinite temperature.
-KVKEYE_INLINE double exp_of(double x) {
-  return exp(splat_double(x))[0];
+// Logits to probabilities, relative to that of the likeliest token, whose own is exactly 1.
+struct Softmax {
+  double inverse, offset; // of the temperature; what the peak becomes
+
+  KVKEYE_INLINE Softmax of(double peak, double temperature) {
+    const double inverse = 1.0 / temperature;
+    return {inverse, peak * inverse};
+  }
+  // NaN gives 0: it comes of -inf over an infinite temperature.
+  KVKEYE_LAMBDA Vd of(Vd logit) const { return exp(logit * inverse - offset); }
+  KVKEYE_LAMBDA double of(double logit) const { return of(splat_double(logit))[0]; }
+};
+
+// Of the tokens from i on; 0 for what is hidden, and for lanes behind the last.
+template <class T>
+KVKEYE_INLINE void probabilities(const Row<T>& row, const Softmax& softmax, int64_t i, int lanes,
+                                 Vd (&p)[2]) {
+  const Vf logits = row.read(i, lanes);
+  for (int half = 0; half < 2; ++half) {
+    Vnarrow part;
+    std::memcpy(&part, (const char*)&logits + half * sizeof part, sizeof part);
+    p[half] = softmax.of(__builtin_convertvector(part, Vd));
+  }
 }
 
-// probability[i] = e^(logit / temperature - offset); 0 for what is hidden.
+// Of tokens [begin, end).
 template <class T>
-void fill_probabilities(const Row<T>& row, double temperature, double offset, double* out) {
-  for_vectors(row.size, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    float logit[kLanes];
-    double probability[kLanes];
-    store(logit, row.read(i, lanes));
-    for (int half = 0; half < 2; ++half) {
-      Vnarrow part;
-      std::memcpy(&part, logit + half * kDoubles, sizeof part);
-      const Vd value = exp(__builtin_convertvector(part, Vd) / temperature - offset);
-      std::memcpy(probability + half * kDoubles, &value, sizeof value);
-    }
-    std::memcpy(out + i, probability, lanes * sizeof(double));
+void fill_probabilities(const Row<T>& row, const Softmax& softmax, int64_t begin, int64_t end, double* out) {
+  for_vectors(begin, end, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+    Vd p[2];
+    probabilities(row, softmax, i, lanes, p);
+    std::memcpy(out + i - begin, p, lanes * sizeof(double));
   });
+}
+
+KVKEYE_INLINE double sum_of(Vd values) {
+  double total = 0.0;
+  for (int lane = 0; lane < kDoubles; ++lane)
+    total += values[lane];
+  return total;
 }
 
 // Top-p over `size` candidates and nothing else.
@@ -65,6 +85,17 @@ KVKEYE_INLINE int bucket_of(double probability) {
   std::memcpy(&top, &one, sizeof top);
   const int64_t distance = (top >> 46) - (bits >> 46);
   return distance < 0 ? 0 : distance < kBuckets ? (int)distance : kBuckets - 1;
+}
+
+// The least probability of a bucket.
+KVKEYE_INLINE double floor_of_bucket(int bucket) {
+  const double one = 1.0;
+  int64_t bits;
+  std::memcpy(&bits, &one, sizeof bits);
+  bits = ((bits >> 46) - bucket) * ((int64_t)1 << 46);
+  double found;
+  std::memcpy(&found, &bits, sizeof found);
+  return found;
 }
 
 // Candidates whose bucket lies in [first, last].
@@ -155,10 +186,7 @@ KVKEYE_INLINE double mass_of(const double* row, int64_t begin, int64_t end, doub
       std::memcpy(&value, row + i + part * kDoubles, sizeof value);
       sums[part] += value >= min_p ? value : Vd{};
     }
-  const Vd sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0.0;
-  for (int lane = 0; lane < kDoubles; ++lane)
-    total += sum[lane];
+  double total = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < end; ++i)
     total += row[i] >= min_p ? row[i] : 0.0;
   return total;

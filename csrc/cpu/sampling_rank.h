@@ -88,6 +88,17 @@ template <class Order, class Item> void sort(Item* c, int64_t size) {
   insertion_sort<Order>(c, size);
 }
 
+// The k-th largest of the maxima of blocks, which are followed by as much free memory.
+KVKEYE_INLINE float kth_peak(float* peaks, int64_t blocks, int64_t k) {
+  float* copy = peaks + blocks;
+  std::memcpy(copy, peaks, blocks * sizeof(float));
+  select<Falling>(copy, blocks, k);
+  float least = copy[0];
+  for (int64_t i = 1; i < k && i < blocks; ++i)
+    least = copy[i] < least ? copy[i] : least;
+  return least;
+}
+
 // Top-p over candidates as it is defined: one stays if the mass before it is below the share, the first one
 // always. Leaves them ranked and returns how many stay.
 int64_t keep_share(Candidate* c, int64_t size, double share) {

@@ -36,7 +36,7 @@ template <class T> struct PartRows {
   int count;
 
   const T* query(int r) const { return q + r * p.q_strides.token; }
-  View view(int) const { return {length, 0}; }
+  int64_t seen(int) const { return length; }
   void locate(int64_t start, int columns, const T** keys, const T** values) const {
     for (int j = 0; j < columns; ++j) {
       keys[j] = k + (start + j) * p.k_strides.token;

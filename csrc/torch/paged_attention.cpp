@@ -131,11 +131,13 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
   int64_t most_tokens = 0;
   for (const PagedSpan& span : spans)
     most_tokens = std::max(most_tokens, span.end - span.begin);
-  const int64_t cost = kTilePositions * dim * group;
+  const int64_t cost = kTilePositions * dim * group, items = (int64_t)spans.size() * params.num_kv_heads;
+  // The heads of a split lie side by side in the cache: read together, unless that leaves a thread idle.
+  const int64_t turns = 4 * torch::stable::get_num_threads();
+  const int64_t together = by_split ? std::clamp<int64_t>(items / turns, 1, params.num_kv_heads) : 1;
   for_items_with_scratch(
-      params, (int64_t)spans.size() * params.num_kv_heads, cost, attend_scratch(most_tokens * group, dim),
-      [](const auto& p, int64_t begin, int64_t end) { cpu::paged_attention(p, begin, end); },
-      by_split ? params.num_kv_heads : 1);
+      params, items, cost, attend_scratch(most_tokens * group, dim),
+      [](const auto& p, int64_t begin, int64_t end) { cpu::paged_attention(p, begin, end); }, together);
   if (by_split)
     fold(params, batch, tokens);
 }

@@ -43,7 +43,7 @@ struct Workspace {
   Workspace(int64_t vocabulary, int64_t longest_history)
       : words(new uint32_t[(vocabulary + 31) / 32]), peaks(new float[2 * blocks_of(vocabulary, kScanBlock)]),
         past(new PastToken[past_places(longest_history)]), penalised(new Candidate[longest_history]),
-        candidates(new Candidate[vocabulary]), row(new double[vocabulary]) {}
+        candidates(new Candidate[vocabulary]), row(new double[vocabulary + 64]) {}
 
   template <class T> void lend(SampleParams<T>& params) const {
     params.work = {words.get(), peaks.get(), past.get(), penalised.get(), candidates.get(), row.get()};

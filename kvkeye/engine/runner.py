@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -48,6 +48,7 @@ class Runner:
     def __init__(self, model: KeyeModel, num_blocks: int, block_size: int, backends: str = "") -> None:
         self.model = model
         self.backends = backends
+        self._choices: ops.Choices = {}
         self.media_embeds: dict[bytes, Tensor] = {}  # [tokens, hidden] by name; the scheduler says what stays
         self.logits_hook: LogitsHook | None = None
         self._graphs: DecodeGraphs | None = None
@@ -59,7 +60,7 @@ class Runner:
         self.v_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
 
     def _forced(self) -> AbstractContextManager[None]:
-        return ops.use_backends(self.backends) if self.backends else nullcontext()
+        return ops.settle(self._choices, self.backends)
 
     def record(self, sizes: SequenceOf[int], width: int, record: Recorder, trees: bool = False) -> None:
         """Records steps of so many tokens over tables of `width` blocks; later steps are replays where they fit."""

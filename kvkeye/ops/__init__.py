@@ -5,7 +5,7 @@ says which and why; `with ops.use_backends("cpp"):` forces one. `python -m kvkey
 """
 
 from kvkeye.ops._op import OPS, Implementation, Op, op
-from kvkeye.ops._policy import use_backends
+from kvkeye.ops._policy import Choices, settle, use_backends
 from kvkeye.ops.activation import gelu, gelu_backward, silu_mul, silu_mul_backward
 from kvkeye.ops.attention import (
     merge_attention_states,
@@ -79,6 +79,7 @@ from kvkeye.ops.vision import (
 
 __all__ = [
     "OPS",
+    "Choices",
     "Implementation",
     "Op",
     "add_rms_norm",
@@ -130,6 +131,7 @@ __all__ = [
     "sample",
     "score_candidates",
     "score_candidates_backward",
+    "settle",
     "silu_mul",
     "silu_mul_backward",
     "spectral_blend",

@@ -104,6 +104,18 @@ class Op:
     chosen: dict[Any, Implementation] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
+        settled = _policy.settled.get()
+        if settled is None:
+            return self.overload(*args)
+        if (kernel := settled.get(self.name)) is None:
+            return self._first_call(settled, args)
+        return kernel(*args)
+
+    def _first_call(self, settled: dict[str, Callable[..., Any]], args: Sequence[Any]) -> Any:
+        self.check(*args)
+        name, call = self.select(*args)
+        if name == "cpp" and self.implementations[name].refuses is None:
+            settled[self.name] = call
         return self.overload(*args)
 
     @property

@@ -9,8 +9,9 @@ import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +29,13 @@ class Order:
     source: str
 
 
+#: Kernels by op, for every pair of specifications under which they were chosen.
+Choices = dict[tuple[str, str], dict[str, Callable[..., Any]]]
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kvkeye_backends", default="")
+#: The kernels of the block of `settle` that a call stands in.
+settled: contextvars.ContextVar[dict[str, Callable[..., Any]] | None] = contextvars.ContextVar(
+    "kvkeye_settled", default=None
+)
 
 
 @contextlib.contextmanager
@@ -39,11 +46,31 @@ def use_backends(specification: str) -> Iterator[None]:
         ConfigError: an unknown implementation name.
     """
     parse(specification)
-    token = _forced.set(specification)
+    token, kernels = _forced.set(specification), settled.set(None)
     try:
         yield
     finally:
+        settled.reset(kernels)
         _forced.reset(token)
+
+
+@contextlib.contextmanager
+def settle(choices: Choices, specification: str = "") -> Iterator[None]:
+    """use_backends for inference loops: within the block a call of an op that has run a `cpp` kernel there before goes
+    straight to it, past contract, choice, gradients and tracing.
+
+    All calls of an op must be alike: tensors on the CPU and of dtypes that its kernel takes. `choices` is the caller's,
+    empty at first; what was chosen stays in it.
+
+    Raises:
+        ConfigError: an unknown implementation name.
+    """
+    with use_backends(specification) if specification else contextlib.nullcontext():
+        token = settled.set(choices.setdefault(specifications(), {}))
+        try:
+            yield
+        finally:
+            settled.reset(token)
 
 
 @functools.lru_cache(maxsize=64)

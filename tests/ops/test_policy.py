@@ -10,7 +10,7 @@ import torch
 
 from kvkeye import ops
 from kvkeye.errors import ConfigError, UnsupportedError
-from kvkeye.ops import _policy
+from kvkeye.ops import _library, _policy
 from kvkeye.utils import philox
 
 X, WEIGHT = torch.ones(2, 8), torch.ones(8)
@@ -37,6 +37,25 @@ def test_unknown_names_are_refused(text: str) -> None:
         return
     with pytest.raises(ConfigError, match="known: eager, cpp, cuda, triton"), ops.use_backends(text):
         pass
+
+
+def test_settled_calls_run_what_the_first_one_chose() -> None:
+    choices: ops.Choices = {}
+    expected = ops.rms_norm(X, WEIGHT, 1e-6)
+    with torch.inference_mode():
+        for specification in ("", "eager", "cpp,eager"):
+            for _ in range(2):
+                with ops.settle(choices, specification):
+                    assert torch.allclose(ops.rms_norm(X, WEIGHT, 1e-6), expected)
+    has_cpp = _library.native("cpp").path is not None
+    assert [list(kernels) for kernels in choices.values()] == [["rms_norm"] * has_cpp, [], ["rms_norm"] * has_cpp]
+
+
+def test_a_settled_block_ends_where_another_order_is_asked_for() -> None:
+    with ops.settle({}), torch.inference_mode():
+        ops.rms_norm(X, WEIGHT, 1e-6)
+        with ops.use_backends("cuda"), pytest.raises(UnsupportedError):
+            ops.rms_norm(X, WEIGHT, 1e-6)
 
 
 def test_one_name_is_exact() -> None:

@@ -65,9 +65,21 @@ def test_equals_the_reference(kind: str, vocabulary: int, dtype: torch.dtype) ->
             assert torch.equal(ops.sample(*given), expected)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (0, 0.999), (20, 1.0), (1000, 0.8)])
-def test_equals_the_reference_on_a_full_vocabulary(top_k: int, top_p: float) -> None:
+def _misleading(vocabulary: int) -> Tensor:
+    """Rows whose every other block of 64 holds next to nothing, and whose large logits stand together."""
+    x = torch.randn(ROWS, vocabulary).sort(-1).values
+    x[:, torch.arange(vocabulary) // 64 % 2 == 0] -= 20
+    return x
+
+
+@pytest.mark.parametrize("kind", ["spread", "near", "misleading"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.5), (0, 0.9), (0, 0.999), (20, 1.0), (1000, 0.8)])
+def test_equals_the_reference_on_a_full_vocabulary(top_k: int, top_p: float, kind: str) -> None:
     given = arguments("spread", 151_936, torch.float32)
+    if kind == "near":
+        given[0] = given[0] / 4  # type: ignore[operator]
+    if kind == "misleading":
+        given[0] = _misleading(151_936)
     given[1], given[2], given[3] = (
         torch.full((ROWS,), 1.2),
         torch.full((ROWS,), top_k).int(),

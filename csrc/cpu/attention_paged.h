@@ -1,5 +1,7 @@
-// Attention over a paged cache.
-#include "attention_tile.h"
+// What attention over a paged cache reads and writes.
+#pragma once
+
+#include "attention_softmax.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
@@ -28,21 +30,21 @@ template <class T> struct PagedRows {
   }
 
   uint64_t bits(int64_t token) const {
-    return (uint64_t)p.tree_mask[token] & first_bits(fresh < 64 ? (int)fresh : 64);
+    return (uint64_t)p.tree_mask[token] & (fresh < 64 ? ((uint64_t)1 << fresh) - 1 : ~(uint64_t)0);
   }
   // How many positions a token sees. In a tree these are numbered along its branch, as they would be
   // if it had been decoded alone, wherever its ancestors lie in the cache.
-  int64_t seen(int64_t token) const {
+  int64_t seen_by(int64_t token) const {
     return context - fresh + (tree ? __builtin_popcountll(bits(token)) : token - first + 1);
   }
   // One past the last position that any row sees: the last row sees the most.
-  int64_t end() const { return seen(span.end - 1); }
+  int64_t end() const { return seen_by(span.end - 1); }
   int64_t token(int r) const { return span.begin + r / group; }
   int64_t head(int r) const { return kv_head * group + r % group; }
   int64_t row(int r) const { return token(r) * p.num_q_heads + head(r); }
   const T* query(int r) const { return p.q + token(r) * p.q_strides.token + head(r) * p.q_strides.head; }
 
-  View view(int r) const { return {seen(token(r)), 0}; }
+  int64_t seen(int r) const { return seen_by(token(r)); }
 
   void locate(int64_t start, int columns, const T** keys, const T** values) const {
     for (int j = 0; j < columns; ++j) {
@@ -80,32 +82,4 @@ template <class T> struct PagedRows {
 };
 
 } // namespace
-
-template <class T> void paged_attention(const PagedAttentionParams<T>& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    const PagedRows<T> rows(p, item, end - 1);
-    attend<T>(rows, p.head_dim, p.softmax_scale, rows.end(), rows.span.split, p.scratch);
-  }
-}
-
-template <class T> void fold_splits(const FoldSplitsParams<T>& p, int64_t begin, int64_t end) {
-  const int64_t width = round_up(p.head_dim);
-  Arena arena(p.scratch);
-  float *out = arena.take(width), *split_out = arena.take(width);
-  for (int64_t row = begin; row < end; ++row) {
-    Totals sum{splat(-INFINITY), Vf{}};
-    clear(out, width, 0.0f);
-    for (int64_t split = 0; split < p.num_splits[row / p.num_q_heads]; ++split) {
-      const int64_t place = row * p.max_splits + split;
-      const Joint joint = join(sum, {splat(p.partial_max[place]), splat(p.partial_total[place])});
-      load_row(p.partial_o + place * p.head_dim, p.head_dim, split_out);
-      scale_add(out, split_out, width, joint.keep[0], joint.add[0]);
-    }
-    finish_row(out, p.head_dim, sum.max[0], sum.total[0], p.o + row * p.head_dim, p.lse + row);
-  }
-}
-
-KVKEYE_INSTANTIATE(paged_attention, PagedAttentionParams)
-KVKEYE_INSTANTIATE(fold_splits, FoldSplitsParams)
-
 } // namespace kvkeye::KVKEYE_ISA
