@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kvkeye import ops
+from kvkeye.layers.large_pages import LargePages
 
 STREAMED = 200e6  # bytes of all copies
 #: Inputs and outputs: the vision tower, Qwen3-0.6B, the 8B model.
@@ -75,7 +76,8 @@ def main() -> None:
         inputs, outputs = (72, 40) if given.quick else map(int, name.split("x"))
         copies = 2 if given.quick else max(2, int(STREAMED / (2 * inputs * outputs)))
         weights = [torch.randn(outputs, inputs).mul(inputs**-0.5).bfloat16() for _ in range(copies)]
-        packed = [ops.pack_weight(w, 1, ops.values_per_word(w.dtype)) for w in weights]
+        memory = LargePages()  # as the layers keep them
+        packed = [memory.copy(ops.pack_weight(w, 1, ops.values_per_word(w.dtype))) for w in weights]
         for rows in BATCHES[:2] if given.quick else BATCHES:
             with torch.inference_mode():
                 ordered = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]

@@ -29,12 +29,9 @@ struct Softmax {
 template <class T>
 KVKEYE_INLINE void probabilities(const Row<T>& row, const Softmax& softmax, int64_t i, int lanes,
                                  Vd (&p)[2]) {
-  const Vf logits = row.read(i, lanes);
-  for (int half = 0; half < 2; ++half) {
-    Vnarrow part;
-    std::memcpy(&part, (const char*)&logits + half * sizeof part, sizeof part);
-    p[half] = softmax.of(__builtin_convertvector(part, Vd));
-  }
+  widen(row.read(i, lanes), p);
+  for (Vd& half : p)
+    half = softmax.of(half);
 }
 
 // Of tokens [begin, end).

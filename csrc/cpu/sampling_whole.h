@@ -113,41 +113,30 @@ template <class T> struct WholeDraw {
     for (int64_t block = 0; block < num_blocks() && sum.found <= most; ++block) {
       const int64_t first = block * kMassBlock;
       Vd all[2] = {}, above[2] = {};
-      for_vectors(first, end_of(first, kMassBlock), [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-        Vd p[2];
-        probabilities(row, softmax, i, lanes, p);
-        uint32_t near = 0;
+      for (int64_t part = first; part < end_of(first, kMassBlock); part += 64) {
+        uint64_t near = 0;
+        for_vectors(part, end_of(part, 64), [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+          Vd p[2];
+          probabilities(row, softmax, i, lanes, p);
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          const Lanes kept = at_least(p[half], floor);
-          above[half] = add_where(kept, above[half], p[half]);
-          if (kBounded) {
-            all[half] += p[half];
-            near |= (bits_of(at_least(p[half], low)) & ~bits_of(kept)) << half * kDoubles;
+          for (int half = 0; half < 2; ++half) {
+            const Lanes kept = at_least(p[half], floor);
+            above[half] = add_where(kept, above[half], p[half]);
+            if (kBounded) {
+              all[half] += p[half];
+              const uint32_t bits = bits_of(at_least(p[half], low)) & ~bits_of(kept);
+              near |= (uint64_t)bits << (i - part + half * kDoubles);
+            }
           }
-        }
-        if (kBounded)
-          sum.found += append(near, (int32_t)i, ids + sum.found);
-      });
+        });
+        for (; near != 0; near &= near - 1)
+          ids[sum.found++] = (int32_t)part + __builtin_ctzll(near);
+      }
       masses[block] = sum_of(above[0] + above[1]);
       sum.above += masses[block];
       sum.total += sum_of(all[0] + all[1]);
     }
     return sum;
-  }
-
-  // Writes i + lane for every bit that is set, and what is left of a vector; how many.
-  KVKEYE_INLINE int append(uint32_t bits, int32_t i, int32_t* ids) {
-#if defined(__AVX512F__)
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i all = _mm512_add_epi32(lane, _mm512_set1_epi32(i));
-    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32((__mmask16)bits, all));
-#else
-    int32_t* next = ids;
-    for (uint32_t left = bits; left != 0; left &= left - 1)
-      *next++ = i + __builtin_ctz(left);
-#endif
-    return __builtin_popcount(bits);
   }
 
   // Tokens by id and the penalised ones that lie in the band -> candidates; how many.

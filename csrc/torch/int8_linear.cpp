@@ -125,7 +125,6 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, int64_t parts) 
   const Tensor packed =
       empty(weight, {blocks_of(outputs, kPanel), parts, blocks_of(rows.dim, 4), kPanel, 4}, ScalarType::Byte);
   const Tensor scales = empty(weight, {parts, outputs}, ScalarType::Float);
-  advise_large_pages(packed);
   with_type(argument, [&](auto type) {
     using T = decltype(type);
     const QuantizeWeightParams<T> params{read<T>(rows.tensor),

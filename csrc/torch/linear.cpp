@@ -132,7 +132,6 @@ Tensor pack_weight(const Tensor& weight, int64_t parts, int64_t values) {
   const int64_t outputs = weight.size(0) / parts;
   const Tensor packed =
       empty(weight, {blocks_of(outputs, kPanel), parts, blocks_of(rows.dim, values), kPanel, values});
-  advise_large_pages(packed);
   with_type(argument, [&](auto type) {
     using T = decltype(type);
     const PackWeightParams<T> params{

@@ -1,4 +1,4 @@
-// What the bindings of linear layers share: how work is cut for the threads, where weights lie.
+// What the bindings of linear layers share: how work is cut for the threads.
 #pragma once
 
 #include "checks.h"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvkeye import ops
+from kvkeye.layers.large_pages import LargePages
 
 
 class PackableWeight(nn.Module):
@@ -90,20 +91,25 @@ def pack_weights(model: nn.Module) -> int:
 
     None where compiled CPU kernels would not run: on a GPU, without the library, or with other backends chosen.
     """
-    count = 0
+    count, memory = 0, LargePages()
     for module in model.modules():
         if isinstance(module, PackableWeight) and module.weight is not None and module.packed is None:
             weight = module.weight
             if ops.pack_weight.select(weight, module.parts, ops.values_per_word(weight.dtype))[0] != "cpp":
                 return count
             module.pack()
-            count += module.packed is not None
+            if module.packed is not None:
+                module.packed = memory.copy(module.packed)
+                count += 1
     return count
 
 
 def quantize_weights(model: nn.Module) -> int:
     """Turns the weights of a model into int8 levels for inference on the CPU, one at a time; returns how many."""
     modules = [module for module in model.modules() if isinstance(module, PackableWeight)]
+    memory = LargePages()
     for module in modules:
         module.quantize()
+        if module.packed is not None:
+            module.packed = memory.copy(module.packed)
     return sum(module.scales is not None for module in modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvkeye import ops
 from kvkeye.layers import Linear, PackableWeight, PackedContext, pack_weights
+from kvkeye.layers.large_pages import LargePages
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.positions import MediaGrid, mrope_positions
 from kvkeye.models.keye.weights import load_model, save_model
@@ -102,3 +104,14 @@ def test_other_backends_keep_plain_weights() -> None:
     model = tiny_keye_model()
     with ops.use_backends("eager"):
         assert pack_weights(model) == 0
+
+
+def test_large_pages_hold_equal_copies_side_by_side() -> None:
+    memory = LargePages()
+    given = [torch.randn(3, 5), torch.randn(7).bfloat16(), torch.arange(9, dtype=torch.uint8), torch.empty(0, 4)]
+    copies = [memory.copy(tensor) for tensor in given]
+    assert all(torch.equal(copy, tensor) and copy.is_contiguous() for copy, tensor in zip(copies, given))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        first, second, third, _ = (copy.data_ptr() for copy in copies)
+        assert first % (2 << 20) == 0
+        assert (second - first, third - second) == (64, 64)

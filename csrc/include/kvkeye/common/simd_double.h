@@ -25,6 +25,18 @@ KVKEYE_INLINE Vd fma(Vd a, Vd b, Vd c) {
 #endif
 }
 
+KVKEYE_INLINE void widen(Vf x, Vd (&halves)[2]) {
+#if defined(__AVX512F__)
+  halves[0] = (Vd)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0));
+  halves[1] = (Vd)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
+#else
+  Vnarrow part[2];
+  std::memcpy(part, &x, sizeof part);
+  halves[0] = __builtin_convertvector(part[0], Vd);
+  halves[1] = __builtin_convertvector(part[1], Vd);
+#endif
+}
+
 // Adding it rounds to an integer, which then is the lower part of the bits.
 inline constexpr double kRoundingMagic = 0x1.8p52;
 
