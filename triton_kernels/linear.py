@@ -11,11 +11,7 @@ from torch import Tensor
 
 from .common.launch import as_rows, launch
 from .common.refusals import interpreted_bf16
-
-# One tile for every number of rows, so that a row's bits do not depend on its batch. 64 rows fill a warp group's
-# matrix instruction, and at few rows the weights' way from memory is the limit, not the idle rows.
-_TILE_16BIT = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 4}
-_TILE_32BIT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
+from .common.tiles import tile_for
 
 
 @triton.jit
@@ -67,7 +63,9 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See kvkeye.ops.packed_linear."""
     rows, (width, depth) = as_rows(x), weight.shape
     y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
-    tile = _TILE_32BIT if x.dtype == torch.float32 else _TILE_16BIT
+    # One tile for every number of rows, so that a row's bits do not depend on its batch: where rows are few, the
+    # weights' way from memory is the limit, not the idle rows.
+    tile = tile_for("packed_linear_fwd", x)
     num_rows = y.numel() // max(width, 1)
     launch(
         _packed_linear_fwd_kernel, (triton.cdiv(num_rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),

@@ -1,5 +1,8 @@
 """Compiles every kernel for a GPU that need not be there; run as a program, prints one JSON line per kernel.
 
+`python -m tests.triton.compile_kernels 90 attention video linear other` compiles for sm_90;
+`python -m tests.triton.compile_kernels table` prints the table that stands in triton_kernels/README.md.
+
 The launchers run on meta tensors while the launch itself is replaced by a recorder, so that what is compiled is what
 would run: kernel, constants, argument types, alignment, warps and stages. Needs a process without TRITON_INTERPRET.
 """
@@ -11,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from triton.compiler import ASTSource
 from kvkeye import triton_kernels as leaves
 from kvkeye.triton_kernels import activation, attention, linear, loss, norm, rollout, rope, video_fusion, vision
 from kvkeye.triton_kernels.common import launch as launching
+from kvkeye.triton_kernels.common import tiles
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -138,28 +143,63 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
 
 
-def main(capability: int, parts: list[str]) -> None:
+def shape_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """Head size or sums of a matrix kernel, and its tile: "D 72, 128 x 64, 8 warps, 2 stages"."""
+    if "num_stages" not in options:
+        return ""
+    size = "D {D}".format(**options) if "D" in options else "K {K}".format(**options)
+    rest = ", ".join(name for name in ("CAUSAL", "HAS_TREE", "IS_PART") if options.get(name))
+    tile = "{BLOCK_M} x {BLOCK_N}, {num_warps} warps, {num_stages} stages".format(**options)
+    return f"{size}{', ' + rest if rest else ''}: {tile}"
+
+
+def compiled(capability: int, parts: list[str]) -> Iterator[dict[str, Any]]:
+    """One report per kernel and specialisation that the launchers of these parts start on such a GPU."""
     assert leaves.__name__ == "kvkeye.triton_kernels"
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     launching._start = lambda kernel, grid, args, options: recorded.append((kernel, args, dict(options)))
+    tiles.capability_of = lambda device: capability
     for part in parts:
         {"attention": attention_calls, "video": video_calls, "linear": linear_calls, "other": other_calls}[part]()
     done: set[str] = set()
     for kernel, args, options in recorded:
+        shape = shape_of(kernel, args, options)
         source, options = source_of(kernel, args, options)
         if source.hash() in done:
             continue
         done.add(source.hash())
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx = built.asm["ptx"]
-        line = {
-            "kernel": kernel.__name__, "shared_bytes": built.metadata.shared,
+        yield {
+            "kernel": kernel.__name__, "shape": shape, "shared_bytes": built.metadata.shared,
             "matrix": sorted({m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in ptx}),
             "async_copy_bytes": sorted({int(n, 16) for n in re.findall(r"cp\.async\.c.*?\], (0x[0-9a-f]+)", ptx)}),
             **resources(built.asm["cubin"]),
         }  # fmt: skip
-        print(json.dumps(line), flush=True)
+
+
+def table_row(capability: int, report: dict[str, Any]) -> str:
+    """One line of the table in triton_kernels/README.md."""
+    name = report["kernel"].strip("_").removesuffix("_kernel")
+    sizes = f"{report['registers']} | {report['local_bytes']} | {report['shared_bytes']:,}"
+    return f"| `{name}` | sm_{capability} | {report['shape']} | {sizes} |"
+
+
+def table() -> str:
+    """Markdown: registers, spilled bytes and shared memory of the kernels whose tile depends on the GPU."""
+    rows = [
+        table_row(capability, report)
+        for capability in tiles.known_capabilities()
+        for report in compiled(capability, ["attention", "video", "linear"])
+        if report["shape"]
+    ]
+    heading = "| kernel | target | call: tile | registers | spilled bytes | shared memory |\n|---|---|---|---|---|---|"
+    return "\n".join([heading, *sorted(rows)])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "table":
+        print(f"triton {triton.__version__}\n\n{table()}")
+    else:
+        for report in compiled(int(sys.argv[1]), sys.argv[2:]):
+            print(json.dumps(report), flush=True)

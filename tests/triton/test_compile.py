@@ -7,6 +7,7 @@ fallen back from matrix instructions to scalar code. None of that needs a GPU to
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,8 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Bytes of shared memory that one program may take.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 USES_MATRICES = re.compile(
     r"_((varlen|tile)_attention_(fwd|bwd_dkv|bwd_dq)|paged_attention_fwd|packed_linear_fwd)_kernel"
 )
@@ -73,6 +74,22 @@ def test_tiles_are_copied_in_whole_vectors(capability: int) -> None:
             assert min(report["async_copy_bytes"]) >= 4, report
 
 
-def test_nothing_spills_on_hopper() -> None:
-    for report in compiled(90):
+@pytest.mark.parametrize("capability", SHARED)
+def test_nothing_spills(capability: int) -> None:
+    for report in compiled(capability):
         assert report["local_bytes"] == 0, report
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_the_table_of_resources_is_true(capability: int) -> None:
+    """For the version that it names; another one gives other numbers (`compile_kernels table` prints them)."""
+    text = (ROOT / "triton_kernels" / "README.md").read_text()
+    named, here = re.search(r"triton ([\d.]+);", text), importlib.metadata.version("triton")
+    assert named is not None
+    reports = [report for report in compiled(capability) if report["shape"]]
+    from tests.triton.compile_kernels import table_row  # needs triton, without which `compiled` has skipped
+
+    if here != named[1]:
+        pytest.skip(f"the table is of triton {named[1]}, here is {here}")
+    stated = [line for line in text.splitlines() if f"| sm_{capability} |" in line]
+    assert sorted(stated) == sorted(table_row(capability, report) for report in reports)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,11 +47,6 @@ def attention_refuses(q: Tensor, num_sequences: int, softmax_scale: float) -> It
         yield f"softmax_scale is {softmax_scale}; it must be positive, since maxima are taken before it is applied"
     if max(num_sequences, q.shape[1]) > MAX_GRID_YZ:
         yield f"{num_sequences} sequences of {q.shape[1]} heads; a CUDA grid takes at most {MAX_GRID_YZ} of either"
-
-
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether tiles of this dtype take twice the shared memory."""
-    return dtype == torch.float32
 
 
 @triton.jit

@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import as_heads, launch
+from ..common.tiles import tile_for
 from .lanes import (
     LN_2,
     LOG2_E,
     accumulate,
     attention_refuses,
     inner_product,
-    is_wide,
     lane_constants,
     load_rows,
     store_rows,
@@ -214,14 +214,6 @@ def paged_attention_refuses(
             yield f"{name}.stride(3) is {cache.stride(3)}; a slot's elements must be adjacent"
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    # The same for 1 row and for 4096: 64 rows fill a warp group's matrix instruction, and where there are fewer,
-    # the keys' way from memory is the limit, not the idle rows.
-    if is_wide(dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def split_workers(num_programs: int, num_splits: int, num_pairs: int) -> int:
     """How many programs share the splits of one tile of rows: 1 where there are rows enough, or no room for parts.
 
@@ -242,7 +234,8 @@ def paged_attention(
     num_sequences, group, device = context_lens.shape[0], num_q_heads // num_kv_heads, q.device
     o = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
-    tile = _tile(q.dtype)
+    # The same for 1 row and for 4096: where rows are few, the keys' way from memory is the limit, not the idle rows.
+    tile = tile_for("paged_attention_fwd", q, head_dim)
     num_tiles = num_tokens * group // tile["BLOCK_M"] + num_sequences if num_tokens else 0
     num_splits = triton.cdiv(block_table.shape[1] * block_size, _SPLIT)
     num_pairs = num_tokens * num_q_heads

@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import as_heads, launch
+from ..common.tiles import tile_for
 from .lanes import (
     LN_2,
     LOG2_E,
     accumulate,
     attention_refuses,
     inner_product,
-    is_wide,
     lane_constants,
     load_rows,
     store_rows,
@@ -97,13 +97,6 @@ def varlen_attention_refuses(
     yield from attention_refuses(q, cu_seqlens.shape[0] - 1, softmax_scale)
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    if is_wide(dtype):
-        # No matrix instruction holds fp32: wider tiles would spill.
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -111,7 +104,7 @@ def varlen_attention(
     q, k, v = as_heads(q), as_heads(k), as_heads(v)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    tile = _tile(q.dtype)
+    tile = tile_for("varlen_attention_fwd", q, q.shape[2])
     grid = (triton.cdiv(max_seqlen, tile["BLOCK_M"]), q.shape[1], cu_seqlens.shape[0] - 1)
     launch(
         _varlen_attention_fwd_kernel, grid, q, k, v, o, lse, cu_seqlens.contiguous(),

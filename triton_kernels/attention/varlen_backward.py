@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import as_heads, launch, warps_for
+from ..common.tiles import tile_for
 from .lanes import (
     LOG2_E,
     accumulate,
     attention_refuses,
     inner_product,
-    is_wide,
     lane_constants,
     load_rows,
     store_rows,
@@ -141,12 +141,6 @@ def varlen_attention_backward_refuses(
     yield from attention_refuses(q, cu_seqlens.shape[0] - 1, softmax_scale)
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    if is_wide(dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def _deltas(do: Tensor, dlse: Tensor, o: Tensor) -> Tensor:
     """sum(do o) - dlse, fp32 [T, Hq]."""
     delta = torch.empty(dlse.shape, dtype=torch.float32, device=do.device)
@@ -168,17 +162,18 @@ def varlen_attention_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     constants = {
         "STRIDE_Q_HEAD": q.stride(1), "STRIDE_K_HEAD": k.stride(1), "STRIDE_V_HEAD": v.stride(1),
-        "GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, **lane_constants(q.shape[2]), **_tile(q.dtype),
+        "GROUP": q.shape[1] // k.shape[1], "CAUSAL": causal, **lane_constants(q.shape[2]),
     }  # fmt: skip
+    key_tile, tile = (tile_for(f"varlen_attention_bwd_{side}", q, q.shape[2]) for side in ("dkv", "dq"))
     strides, num_sequences = (q.stride(0), k.stride(0), v.stride(0)), cu_seqlens.shape[0] - 1
     launch(
         _varlen_attention_bwd_dkv_kernel,
-        (triton.cdiv(max_seqlen, constants["BLOCK_N"]), k.shape[1], num_sequences),
-        do, q, k, v, lse, delta, dk, dv, cu_seqlens, q.shape[1], *strides, softmax_scale, **constants,
+        (triton.cdiv(max_seqlen, key_tile["BLOCK_N"]), k.shape[1], num_sequences),
+        do, q, k, v, lse, delta, dk, dv, cu_seqlens, q.shape[1], *strides, softmax_scale, **constants, **key_tile,
     )  # fmt: skip
     launch(
         _varlen_attention_bwd_dq_kernel,
-        (triton.cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], num_sequences),
-        do, q, k, v, lse, delta, dq, cu_seqlens, *strides, softmax_scale, **constants,
+        (triton.cdiv(max_seqlen, tile["BLOCK_M"]), q.shape[1], num_sequences),
+        do, q, k, v, lse, delta, dq, cu_seqlens, *strides, softmax_scale, **constants, **tile,
     )  # fmt: skip
     return dq, dk, dv

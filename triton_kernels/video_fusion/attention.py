@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.lanes import LN_2, LOG2_E, accumulate, inner_product, is_wide, load_rows, store_rows, zero_rows
+from ..attention.lanes import LN_2, LOG2_E, accumulate, inner_product, load_rows, store_rows, zero_rows
 from ..common.launch import launch
+from ..common.tiles import tile_for
 from .slots import geometry, least_of, locate, mixed, neighbour, num_neighbours, shared_slots, slot_tables, tiles_refuse
 
 
@@ -118,12 +119,6 @@ def tile_attention_refuses(
     yield from tiles_refuse(q, weights)
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    if is_wide(dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def as_tokens(x: Tensor) -> Tensor:
     """`x` [B, S, H, D] with elements of a head adjacent; a copy only where they are not."""
     return x if x.stride(3) == 1 else x.contiguous()
@@ -135,7 +130,7 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See kvkeye.ops.tile_attention."""
     q, k, v = as_tokens(q), as_tokens(k), as_tokens(v)
-    tile = _tile(q.dtype)
+    tile = tile_for("tile_attention_fwd", q, q.shape[3])
     sizes = geometry(q, weights, num_frames, num_text_tokens, tile["BLOCK_M"])
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], sizes["lse_size"]), dtype=torch.float32, device=q.device)

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.lanes import LOG2_E, accumulate, inner_product, is_wide, load_rows, store_rows, zero_rows
+from ..attention.lanes import LOG2_E, accumulate, inner_product, load_rows, store_rows, zero_rows
 from ..common.launch import launch
 from ..common.sums import sum_parts
+from ..common.tiles import tile_for
 from .attention import as_tokens
 from .slots import geometry, least_of, locate, mixed, neighbour, num_neighbours, shared_slots, slot_tables, tiles_refuse
 
@@ -182,12 +183,6 @@ def tile_attention_backward_refuses(
     yield from tiles_refuse(q, weights)
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    if is_wide(dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-
-
 def tile_attention_backward(
     grad_0: Tensor, grad_1: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, weights: Tensor, num_frames: int,
     num_text_tokens: int, softmax_scale: float, out_1: Tensor,
@@ -195,11 +190,10 @@ def tile_attention_backward(
     """Gradients of tile_attention: q, k, v, weights. grad_0 belongs to o, grad_1 and out_1 to lse."""
     do, dlse, lse = grad_0.contiguous(), grad_1.contiguous(), out_1.contiguous()
     q, k, v = as_tokens(q), as_tokens(k), as_tokens(v)
-    tile = _tile(q.dtype)
-    # Rows bring the state of all their slots: more of them at once would spill beside a tile of keys.
-    key_tile = tile | {"BLOCK_M": 32}
+    # Rows bring the state of all their slots: beside a tile of keys there is room for few of them.
+    key_tile, tile = (tile_for(f"tile_attention_bwd_{side}", q, q.shape[3]) for side in ("dkv", "dq"))
     by_row = geometry(q, weights, num_frames, num_text_tokens, tile["BLOCK_M"])
-    by_key = geometry(q, weights, num_frames, num_text_tokens, tile["BLOCK_N"])
+    by_key = geometry(q, weights, num_frames, num_text_tokens, key_tile["BLOCK_N"])
     begins, shares = slot_tables(starts, weights, num_frames, by_row["per_frame"])
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     slopes = torch.empty_like(lse)
@@ -212,7 +206,7 @@ def tile_attention_backward(
         _tile_attention_bwd_dq_kernel, (blocks, q.shape[2], q.shape[0]), do, dlse, q, k, v, lse, begins, shares, dq,
         slopes, parts, *strides, num_places=weights.numel(), **heads, **by_row, **tile,
     )  # fmt: skip
-    blocks = num_frames * by_key["blocks_per_frame"] + triton.cdiv(num_text_tokens, tile["BLOCK_N"])
+    blocks = num_frames * by_key["blocks_per_frame"] + triton.cdiv(num_text_tokens, key_tile["BLOCK_N"])
     launch(
         _tile_attention_bwd_dkv_kernel, (blocks, q.shape[2], q.shape[0]), do, q, k, v, lse, slopes, begins, shares, dk,
         dv, *strides, **heads, **by_key, **key_tile,
