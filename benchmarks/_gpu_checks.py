@@ -17,7 +17,10 @@ from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, refer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Ops of a decode step that a graph captures.
-CAPTURED = ("append_kv", "copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample", "rms_norm", "silu_mul")
+CAPTURED = (
+    "append_kv", "copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample", "verify_draft", "rms_norm",
+    "silu_mul",
+)  # fmt: skip
 
 Check = Callable[[], str]
 
@@ -35,7 +38,7 @@ def agrees(op: ops.Op, case: Case, implementation: str) -> str:
     refusals = list(op.implementations[implementation].reasons(_tensors(case.args), case.args))
     if refusals:
         return f"refuse: {'; '.join(refusals)}"
-    truth_arguments = case.args if op.name == "sample" else widen(case.args)
+    truth_arguments = case.args if op.name in ("sample", "verify_draft") else widen(case.args)
     truth = reference_outputs(op, copied(truth_arguments))
     naive = reference_outputs(op, copied(case.args))
     first = outputs_of(op, copied(case.args), implementation)

@@ -1,13 +1,16 @@
 """The one command for a machine with a GPU: every kernel checked there, then timed beside its peers.
 
-    python benchmarks/gpu.py                          all steps, in under 8 minutes
+    python benchmarks/gpu.py                          all steps, until 460 seconds are over
     python benchmarks/gpu.py --steps conformance bits
     python benchmarks/gpu.py --rehearse --seconds 60  the checks on the CPU's kernels, where there is no GPU
+    python benchmarks/gpu.py --needs                  what needs a GPU, and why
 
 Steps, in order: conformance (every row of the case table for `cuda` and `triton`, against float64), graphs (a replayed
 graph gives the bits of the plain call), bits (a row's attention does not depend on its batch), engine (tiny-keye beside
-the CPU, recorded passes, bits, waits), decode (a step of Qwen3-8B's geometry), timing. Each row is one line of JSON,
-written when it is done: started again, the command goes on where it stopped, and repeats what failed.
+the CPU, recorded passes, bits, waits), decode (a step of Qwen3-8B's geometry), attention (beside SDPA, FlexAttention,
+varlen_attn and FlashInfer), timing, sanitizer (compute-sanitizer on the `cuda` rows in bf16, where it is installed).
+Each row is one line of JSON, written when it is done: started again, the command goes on where it stopped, and repeats
+what failed.
 Exit code: 0 all passed, 1 a row failed, 3 no GPU, 4 time ran out (start it again).
 """
 
@@ -24,16 +27,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _gpu_attention import attention_row, attention_rows
 from _gpu_checks import DTYPES, bits, conformance, graphs, outputs_of
 from _gpu_decode import decode_row, wall_times
 from _gpu_engine import engine_checks
+from _gpu_needs import needs
+from _gpu_sanitizer import sanitized
 from _measure import machine
 
 from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
 from kvkeye.testing.compare import copied
 
-STEPS = ("conformance", "graphs", "bits", "engine", "decode", "timing")
+STEPS = ("conformance", "graphs", "bits", "engine", "decode", "attention", "timing", "sanitizer")
 IMPLEMENTATIONS = ("cuda", "triton")
 FAILED, NO_GPU, OUT_OF_TIME = 1, 3, 4
 FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
@@ -156,10 +162,31 @@ def decoding(record: Record, deadline: float, is_rehearsal: bool) -> bool:
     return True
 
 
-def checked(rows: Iterator[tuple[str, Callable[[], str]]], record: Record, deadline: float) -> bool:
+def attending(record: Record, deadline: float, is_rehearsal: bool) -> bool:
+    """Attention beside its peers; rehearsed on tiny shapes. False where time ran out."""
+    names, bandwidth = (("cpp",), None) if is_rehearsal else (IMPLEMENTATIONS, copy_bandwidth())
+    device, times = torch.device("cpu" if is_rehearsal else "cuda"), wall_times if is_rehearsal else event_times
+    for key, shape, implementation in attention_rows(names, is_rehearsal):
+        if record.done(key):
+            continue
+        if time.monotonic() > deadline:
+            return False
+        try:
+            figures = attention_row(shape, implementation, device, times, bandwidth)
+        except Exception as error:
+            record.add(key, f"fail: {type(error).__name__}: {error}")
+            print(f"{key}: {error}")
+            continue
+        record.add(key, "pass", **figures)
+        peers = ", ".join(f"{name} {ms:.3f} ms" for name, ms in figures["peers_ms"].items())
+        print(f"{key}: {figures['ms']:.3f} ms, {figures['tflop_per_s']:.0f} TFLOP/s; {peers}")
+    return True
+
+
+def checked(rows: Iterator[tuple[str, Callable[[], str]]], record: Record, deadline: float, only: str = "") -> bool:
     """Runs what is not done yet; False where time ran out."""
     for key, check in rows:
-        if record.done(key):
+        if record.done(key) or only not in key:
             continue
         if time.monotonic() > deadline:
             return False
@@ -190,11 +217,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=460.0, help="stop after so long; started again, it goes on")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
     parser.add_argument("--rehearse", action="store_true", help="the checks on the CPU, with its C++ kernels")
+    parser.add_argument("--only", default="", help="checks whose key has this in it")
+    parser.add_argument("--needs", action="store_true", help="print what needs a GPU, and why")
     options = parser.parse_args()
+    if options.needs:
+        print(needs(IMPLEMENTATIONS))
+        return 0
     if not options.rehearse and not torch.cuda.is_available():
         print(
             f"benchmarks/gpu.py: no GPU is visible to torch {torch.__version__}, so nothing was run. It needs a CUDA "
-            "build of torch and a device; --rehearse runs the checks on the CPU.",
+            "build of torch and a device; --rehearse runs the checks on the CPU, --needs says what it cannot show.",
             file=sys.stderr,
         )
         return NO_GPU
@@ -203,13 +235,15 @@ def main() -> int:
     record, deadline = Record(options.json, about), time.monotonic() + options.seconds
     print(f"{about}; {machine()}")
     steps: dict[str, Callable[[], bool]] = {
-        "conformance": lambda: checked(conformance(names, device), record, deadline),
+        "conformance": lambda: checked(conformance(names, device), record, deadline, options.only),
         "bits": lambda: checked(bits(names, device), record, deadline),
         "engine": lambda: checked(engine_checks(device), record, deadline),
+        "attention": lambda: attending(record, deadline, options.rehearse),
         "decode": lambda: decoding(record, deadline, options.rehearse),
     }
     if not options.rehearse:
         steps["graphs"] = lambda: checked(graphs(names, device), record, deadline)
+        steps["sanitizer"] = lambda: checked(sanitized(), record, deadline)
         steps["timing"] = lambda: timing(record, deadline)
     in_time = all(steps[step]() for step in STEPS if step in options.steps and step in steps)
     failed = summary(record)

@@ -105,11 +105,31 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
 def test_the_gpu_benchmark_rehearses_the_engine(tmp_path):
-    """Parity, recorded passes and bits of tiny-keye, and a decode step of a small geometry, on the CPU's kernels."""
+    """tiny-keye, a decode step of a small geometry and tiny attention beside peers, on the CPU's kernels."""
     rows = tmp_path / "rows.jsonl"
-    output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "--json", str(rows))
+    output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "attention", "--json", str(rows))
     found = {row["key"]: row for row in map(json.loads, rows.read_text().splitlines())}
     verdicts = {key: row["status"].partition(":")[0] for key, row in found.items()}
-    assert verdicts.pop("engine/waits_per_step") == "refuse" and len(verdicts) == 5, output
+    assert verdicts.pop("engine/waits_per_step") == "refuse" and len(verdicts) == 8, output
     assert set(verdicts.values()) == {"pass"}, output
     assert len(found["decode/tiny/1x64"]["sides_ms"]) == 4
+    for key in (key for key in found if key.startswith("attention/")):
+        assert {"SDPA math", "FlexAttention"} <= set(found[key]["peers_ms"]), found[key]["left_out"]
+
+
+def test_the_gpu_benchmark_says_what_needs_a_gpu():
+    found = run("gpu.py", "--needs")
+    assert "compute-sanitizer instruments machine code" in found and "ops with triton: " in found
+
+
+def test_a_peer_that_is_wrong_is_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from _gpu_attention import TINY, arguments_of, own, sdpa, usable
+    from torch.nn.attention import SDPBackend
+
+    shape = TINY[0]
+    arguments = arguments_of(shape, torch.device("cpu"))
+    right = sdpa(SDPBackend.MATH)
+    peers = {"right": right, "wrong": lambda s, a: lambda: 2 * right(s, a)(), "cannot": lambda s, a: 1 / 0}
+    found, missing = usable(peers, shape, arguments, own(shape, arguments, "eager")())
+    assert set(found) == {"right"} and "differs by 0.5" in missing["wrong"] and "ZeroDivision" in missing["cannot"]

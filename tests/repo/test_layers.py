@@ -90,19 +90,8 @@ def test_only_ops_names_the_leaves() -> None:
 
 
 def test_triton_leaves_import_only_torch_triton_and_themselves() -> None:
-    allowed = {
-        "torch",
-        "triton",
-        "math",
-        "functools",
-        "itertools",
-        "__future__",
-        "collections",
-        "json",
-        "os",
-        "typing",
-        "pathlib",
-    }
+    standard = "__future__ collections functools itertools json math os pathlib typing"
+    allowed = {"torch", "triton", *standard.split()}
     for path in (ROOT / "triton_kernels").rglob("*.py"):
         for name in imported(path):
             assert name.split(".")[0] in allowed, f"{path.relative_to(ROOT)} imports {name}"
