@@ -1,5 +1,6 @@
 // The paged cache: tensors to Params to kernels. Slots and blocks are checked before the threads start.
 #include "kv_cache.h"
+#include "layers.h"
 #include "rope.h"
 
 namespace kvkeye {
@@ -26,6 +27,8 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
   for_items(append.tokens, cache.heads * cache.dim,
             [&](int64_t begin, int64_t end) { cpu::append_kv(append.params, begin, end); });
 }
+
+} // namespace
 
 Tensor qk_norm_mrope_append(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
                             const Tensor& positions, const Tensor& k_cache, const Tensor& v_cache,
@@ -54,6 +57,8 @@ Tensor qk_norm_mrope_append(const Tensor& qkv, const Tensor& q_weight, const Ten
   });
   return q;
 }
+
+namespace {
 
 void copy_blocks(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_pairs) {
   const Copy copy = copy_of(k_cache, v_cache, block_pairs);

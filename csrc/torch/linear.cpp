@@ -1,5 +1,6 @@
 // Linear layers: tensors to Params to kernels.
 #include "kvkeye/linear.h"
+#include "layers.h"
 #include "linear_cut.h"
 
 #include <algorithm>
@@ -96,11 +97,15 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<
   return run("packed_linear", x, plain_weight("packed_linear", x, weight), {Epilogue::none, &bias, nullptr});
 }
 
+} // namespace
+
 Tensor prepacked_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t outputs) {
   const char* op = "prepacked_linear";
   return run(op, x, packed_weight(op, x, packed, outputs, 1), {Epilogue::none, &bias, nullptr});
 }
+
+namespace {
 
 Tensor prepacked_linear_gelu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                              int64_t outputs, bool tanh) {
@@ -108,6 +113,8 @@ Tensor prepacked_linear_gelu(const Tensor& x, const Tensor& packed, const std::o
   return run(op, x, packed_weight(op, x, packed, outputs, 1),
              {tanh ? Epilogue::gelu_tanh : Epilogue::gelu, &bias, nullptr});
 }
+
+} // namespace
 
 Tensor prepacked_linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                             const Tensor& residual) {
@@ -120,6 +127,8 @@ Tensor prepacked_linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t 
   const char* op = "prepacked_linear_silu_mul";
   return run(op, x, packed_weight(op, x, packed, outputs, 2), {Epilogue::silu_mul, nullptr, nullptr});
 }
+
+namespace {
 
 Tensor pack_weight(const Tensor& weight, int64_t parts, int64_t values) {
   const Argument argument{"pack_weight", "weight", weight};

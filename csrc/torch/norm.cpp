@@ -1,6 +1,7 @@
 // Normalisations: tensors to Params to kernels.
 #include "kvkeye/norm.h"
 #include "checks.h"
+#include "layers.h"
 #include "kvkeye/common/blocks.h"
 
 #include <optional>
@@ -53,6 +54,8 @@ Normed run_rms_norm(const char* op, const Tensor& x, const Tensor* residual, con
   return {y, total};
 }
 
+} // namespace
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return run_rms_norm("rms_norm", x, nullptr, weight, eps).y;
 }
@@ -62,6 +65,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   const Normed normed = run_rms_norm("add_rms_norm", x, &residual, weight, eps);
   return {normed.y, normed.total};
 }
+
+namespace {
 
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
   const Rows rows = as_rows({"layer_norm", "x", x});

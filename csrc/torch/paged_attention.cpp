@@ -1,6 +1,7 @@
 // Attention over a paged cache: tensors to Params to kernels.
 #include "heads.h"
 #include "kvkeye/attention.h"
+#include "layers.h"
 
 #include <optional>
 
@@ -142,6 +143,8 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
     fold(params, batch, tokens);
 }
 
+} // namespace
+
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                            const Tensor& block_table, const Tensor& cu_seqlens_q,
                                            const Tensor& context_lens, const std::optional<Tensor>& tree_mask,
@@ -191,8 +194,6 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cach
   });
   return {o, lse};
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kvkeye_cpu, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kvkeye.cli.exits import MODEL_FILES, CommandError
 from kvkeye.errors import ConfigError
+from kvkeye.utils.assets import ASSETS
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ASSETS = PACKAGE / "assets"
 DEFAULT_MODEL = "tiny-keye"
 RECIPES = {DEFAULT_MODEL: "sft.toml"}  # what builds each bundled model
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import kvkeye
 from kvkeye import env
-from kvkeye.cli.bundled import ASSETS, RECIPES, missing
+from kvkeye.cli.bundled import RECIPES, missing
 from kvkeye.errors import EnvError, KvkeyeError
+from kvkeye.utils.assets import ASSETS
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 MIN_TORCH = (2, 11)

@@ -25,7 +25,14 @@ def run(arguments: argparse.Namespace) -> int:
     from kvkeye.train.recipe import parse_overrides, read_toml
 
     overrides = parse_overrides(arguments.overrides)
-    if read_toml(path).get("kind") == "video":
+    kind = read_toml(path).get("kind")
+    if kind == "draft":
+        from kvkeye.cli.answers import greedy_answers
+        from kvkeye.train.heads.trainer import run as run_head
+
+        print(run_head(path, greedy_answers, overrides))
+        return exits.OK
+    if kind == "video":
         from kvkeye.train.clips.trainer import run as run_video
         from kvkeye.video.attention import use_kvkeye_attention
 

@@ -184,6 +184,7 @@ class ForwardBatch:
     seq_ids       B row ids
     lengths       of the rows' contexts, new tokens included
     num_samples   tokens to draw per row of the step; 0 for rows with proposals
+    in_prompt     whether a row's first token belongs to its prompt
     verify        the rows with proposals, or None
     """
 
@@ -194,6 +195,7 @@ class ForwardBatch:
     seq_ids: list[int]
     lengths: list[int]
     num_samples: list[int]
+    in_prompt: list[bool]
     media: list[MediaUse]
     sample: SampleBatch
     verify: VerifyBatch | None = None
@@ -234,6 +236,7 @@ def build(step: Step, find: Callable[[int], Sequence], block_size: int) -> Forwa
         seq_ids=[row.seq_id for row in rows],
         lengths=lengths,
         num_samples=[0 if row.parents else row.num_samples for row in rows],
+        in_prompt=[row.start < seq.num_prompt for row, seq in zip(rows, sequences)],
         media=media,
         sample=_sample_batch(rows, sequences),
         verify=_verify_batch(rows, sequences, block_size) if any(row.parents for row in rows) else None,

@@ -9,7 +9,8 @@ from typing import Any
 
 from kvkeye.errors import ConfigError
 
-SPECULATION_METHODS = ("ngram", "suffix", "draft_model")
+SPECULATION_METHODS = ("ngram", "suffix", "draft_model", "eagle3")
+_WITH_MODEL = ("draft_model", "eagle3")
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8",)
 
@@ -19,12 +20,14 @@ class SpeculationConfig:
     """How tokens are proposed. What is proposed never changes an answer. Names are vLLM's where vLLM has one.
 
     method                  "ngram": what stood in the request after the same tokens; "suffix": in recent answers too;
-                            "draft_model": what a small model says, which does not look at media
-    model                   folder of the small model; it must have the same tokenizer
+                            "draft_model": what a small model says, which does not look at media; "eagle3": what a
+                            head says that was trained for this target and sees its features
+    model                   folder of the small model, which must have the same tokenizer, or of the head; or the name
+                            of one that comes with the package
     num_speculative_tokens  proposals per answer and step at most
     prompt_lookup_min       tokens that must match
     prompt_lookup_max       tokens that are looked up; longer matches are preferred
-    tree_width              branches below one token; 1 proposes chains
+    tree_width              branches below one token, of a head proposals of one depth; 1 proposes chains
     adaptive                propose fewer, or nothing, where that is faster by the engine's own measurements
     suffix_cached_tokens    tokens of recent answers kept per salt by "suffix"
     """
@@ -43,10 +46,10 @@ class SpeculationConfig:
             raise ConfigError(
                 f"SpeculationConfig.method: got {self.method!r}; expected one of {', '.join(SPECULATION_METHODS)}."
             )
-        if (self.method == "draft_model") != (self.model is not None):
+        if (self.method in _WITH_MODEL) != (self.model is not None):
             raise ConfigError(
                 f"SpeculationConfig.model: got {self.model!r} with method {self.method!r}; expected a checkpoint's "
-                'folder with "draft_model", and None with the others.'
+                f"folder with {' and '.join(_WITH_MODEL)}, and None with the others."
             )
         for name, low, high in (
             ("num_speculative_tokens", 1, 63), ("prompt_lookup_min", 1, 32), ("prompt_lookup_max", 1, 32),

@@ -10,20 +10,15 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvkeye import ops
-from kvkeye.engine.backends import serving_backends
 from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import ceil_div
-from kvkeye.engine.config import EngineConfig, SpeculationConfig
 from kvkeye.engine.draft import Draft
-from kvkeye.engine.memory import DEFAULT_MAX_MODEL_LEN
 from kvkeye.engine.request import Sequence
-from kvkeye.errors import ConfigError
 from kvkeye.host import BlockPool
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
@@ -134,32 +129,6 @@ class DraftModel:
     def _slots(self, row: _Row, count: int) -> Iterator[int]:
         for position in range(len(row.tokens), len(row.tokens) + count):
             yield row.blocks[position // self.block_size] * self.block_size + position % self.block_size
-
-
-def load_drafter(config: EngineConfig, target: KeyeModel) -> DraftModel | None:
-    """The draft model that a configuration names, in the target's dtype and place; None where it names none.
-
-    ConfigError if its tokens are not the target's.
-    """
-    from kvkeye.layers import pack_weights
-    from kvkeye.models.keye.weights import check_folder, load_model
-
-    wanted = config.speculation
-    if not isinstance(wanted, SpeculationConfig) or wanted.model is None:
-        return None
-    check_folder(wanted.model)
-    ours, theirs = (Path(folder, "tokenizer.json").read_bytes() for folder in (config.model, wanted.model))
-    if ours != theirs:
-        raise ConfigError(
-            f"SpeculationConfig.model: the tokenizer of {wanted.model} is not that of {config.model}. Choose a model "
-            "of the same family."
-        )
-    model = load_model(wanted.model, target.dtype, target.device)
-    pack_weights(model)
-    text = target.config.text
-    max_model_len = config.max_model_len or min(text.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
-    num_blocks = config.num_blocks or config.max_num_seqs * ceil_div(max_model_len, config.block_size)
-    return DraftModel(model, num_blocks, config.block_size, serving_backends(config, target.device))
 
 
 def _positions(seq: Sequence, start: int, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import BlockManager
 from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.draft import Drafter
+from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.encoder_cache import EncoderCache
 from kvkeye.engine.machine import available_bytes, default_device, default_dtype
 from kvkeye.engine.memory import check_weights_fit, context_length, plan_cache
@@ -97,7 +98,9 @@ class Engine:
         text = model.config.text
         backends = serving_backends(config, model.device)
         working = working_bytes(model, config, context_length(config, text), backends)
-        plan = plan_cache(config, text, model.dtype, available_bytes(model.device) - working)
+        head = drafter if isinstance(drafter, HeadDrafter) else None
+        head_bytes = head.block_bytes(config.block_size) if head else 0
+        plan = plan_cache(config, text, model.dtype, available_bytes(model.device) - working, head_bytes)
         self.config = config
         self.processor = processor
         self.vocab_size = text.vocab_size
@@ -114,6 +117,10 @@ class Engine:
         blocks = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_cache)
         token_bytes = text.hidden_size * model.dtype.itemsize
         self.speculation = speculation_of(config, drafter, backends)
+        if head is not None and self.speculation is not None:
+            num_tokens = self.speculation.num_tokens
+            head.allocate(plan.num_blocks, config.block_size, config.max_num_seqs, num_tokens, backends)
+            self.runner.observer = head
         self.scheduler = Scheduler(
             limits, blocks, EncoderCache(config.encoder_cache_memory // token_bytes), self.speculation
         )
@@ -130,7 +137,7 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads a checkpoint. ConfigError, WeightError or CapacityError before memory is taken."""
-        from kvkeye.engine.draft_model import load_drafter
+        from kvkeye.engine.load_drafter import load_drafter
         from kvkeye.layers import pack_weights, quantize_weights
         from kvkeye.models.keye.parsing import OutputParser
         from kvkeye.models.keye.processor import KeyeProcessor

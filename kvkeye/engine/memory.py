@@ -56,13 +56,17 @@ def context_length(config: EngineConfig, text: TextConfig) -> int:
     return max_model_len
 
 
-def plan_cache(config: EngineConfig, text: TextConfig, dtype: torch.dtype, free_bytes: int) -> CachePlan:
+def plan_cache(
+    config: EngineConfig, text: TextConfig, dtype: torch.dtype, free_bytes: int, head_bytes: int = 0
+) -> CachePlan:
     """Blocks and context for the memory that is left after the weights and what passes take.
+
+    head_bytes: of a draft head, per block.
 
     Raises CapacityError with the sum if one full context, or what was asked for, does not fit.
     """
     max_model_len = context_length(config, text)
-    size = block_bytes(text, config.block_size, dtype)
+    size = block_bytes(text, config.block_size, dtype) + head_bytes
     per_sequence = ceil_div(max_model_len, config.block_size)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks

@@ -5,11 +5,12 @@ Knows tensors; must not know requests' lives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,15 +32,27 @@ from kvkeye.models.keye.positions import MediaGrid
 LogitsHook = Callable[[list[tuple[int, int]], Tensor], None]
 
 
+class FeatureObserver(Protocol):
+    """Sees what the layers make of every step; it changes nothing. See kvkeye.engine.draft_head."""
+
+    @property
+    def depths(self) -> tuple[int, ...]: ...
+    def observe(
+        self, batch: ForwardBatch, embeds: Tensor, features: list[Tensor], accepted: Mapping[int, list[int]]
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Per row id: the drawn tokens, -1 for a row without valid probabilities, and their log-probabilities if wanted.
 
-    After proposals these are one answer's next tokens, all but the last of them proposed.
+    After proposals these are one answer's next tokens, all but the last of them proposed; `accepted` are the rows of
+    its tree from which they were drawn.
     """
 
-    tokens: dict[int, list[int]]
-    logprobs: dict[int, list[dict[int, Logprob] | None]]
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[dict[int, Logprob] | None]] = field(default_factory=dict)
+    accepted: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Runner:
@@ -51,6 +64,7 @@ class Runner:
         self._choices: ops.Choices = {}
         self.media_embeds: dict[bytes, Tensor] = {}  # [tokens, hidden] by name; the scheduler says what stays
         self.logits_hook: LogitsHook | None = None
+        self.observer: FeatureObserver | None = None
         self._graphs: DecodeGraphs | None = None
         self._encoder_graphs: EncoderGraphs | None = None
         text = model.config.text
@@ -90,22 +104,38 @@ class Runner:
     def run(self, batch: ForwardBatch) -> StepResult:
         """Computes a step: caches get the keys and values of its tokens, rows that are due get their next tokens."""
         with torch.inference_mode(), self._forced():
-            batch, logits = self._logits(batch)  # [R, V]
-            result = StepResult({}, {})
-            if not len(batch.logit_rows):
-                return result
-            verify = batch.verify
-            # Without proposals and forks every row of the logits is drawn from once, in order: no copy is needed.
-            is_plain = verify is None and len(batch.sample.rows) == len(logits)
-            drawn_from = logits if is_plain else logits[batch.sample.rows]
-            if self.logits_hook is not None:
-                self.logits_hook(_logit_names(batch), drawn_from)
-            if len(batch.sample.num_logprobs):
-                _collect(batch, *_draw(drawn_from, batch.sample), result)
-            if verify is not None:
-                whole = len(verify.rows) == len(logits)
-                self._verify(logits if whole else logits[verify.rows], verify, result)
+            if self.observer is not None:
+                return self._observed(batch, self.observer)
+            return self._drawn(*self._logits(batch))
+
+    def _observed(self, batch: ForwardBatch, observer: FeatureObserver) -> StepResult:
+        """A step whose features are seen; it is never a replay."""
+        batch = self._on_device(batch)
+        embeds = self._embed(batch)  # [T, H]
+        hidden, features = self.model.language.forward_features(
+            embeds, batch.inputs.positions, self._context(batch.inputs), observer.depths
+        )
+        result = self._drawn(batch, self.model.logits(hidden[batch.logit_rows]))
+        observer.observe(batch, embeds, features, result.accepted)
+        return result
+
+    def _drawn(self, batch: ForwardBatch, logits: Tensor) -> StepResult:
+        """The tokens that are due, from logits [R, V]."""
+        result = StepResult()
+        if not len(batch.logit_rows):
             return result
+        verify = batch.verify
+        # Without proposals and forks every row of the logits is drawn from once, in order: no copy is needed.
+        is_plain = verify is None and len(batch.sample.rows) == len(logits)
+        drawn_from = logits if is_plain else logits[batch.sample.rows]
+        if self.logits_hook is not None:
+            self.logits_hook(_logit_names(batch), drawn_from)
+        if len(batch.sample.num_logprobs):
+            _collect(batch, *_draw(drawn_from, batch.sample), result)
+        if verify is not None:
+            whole = len(verify.rows) == len(logits)
+            self._verify(logits if whole else logits[verify.rows], verify, result)
+        return result
 
     def _logits(self, batch: ForwardBatch) -> tuple[ForwardBatch, Tensor]:
         """The batch on the device, and the logits [R, V] of its `logit_rows`."""
@@ -117,11 +147,16 @@ class Runner:
             self._copy_blocks(batch)
             logits = graphs(batch.inputs, packed)
             return batch, logits[: len(batch.logit_rows)] if is_whole else logits[batch.logit_rows]
+        batch = self._on_device(batch)
+        hidden = self.model(self._embed(batch), batch.inputs.positions, self._context(batch.inputs))  # [T, H]
+        return batch, self.model.logits(hidden[batch.logit_rows])
+
+    def _on_device(self, batch: ForwardBatch) -> ForwardBatch:
+        """The batch where the model is, its blocks copied."""
         if self.model.device.type != "cpu":
             batch, _ = to_device(batch, self.model.device)
         self._copy_blocks(batch)
-        hidden = self.model(self._embed(batch), batch.inputs.positions, self._context(batch.inputs))  # [T, H]
-        return batch, self.model.logits(hidden[batch.logit_rows])
+        return batch
 
     def _all_logits(self, inputs: TokenInputs) -> Tensor:
         """[T, V]: of every token of a step without media."""
@@ -149,6 +184,7 @@ class Runner:
             moves += [(verify.slots[row], verify.slots[place]) for row, place in places if row != place]
             seq_id, start, wanted = verify.seq_ids[tree], verify.starts[tree], verify.num_logprobs[tree]
             result.tokens[seq_id] = tokens
+            result.accepted[seq_id] = [row - first for row in rows]
             result.logprobs[seq_id] = [_wanted_logprobs(logits[row], token, wanted) for row, token in zip(rows, tokens)]
             if self.logits_hook is not None:
                 self.logits_hook([(seq_id, start + 1 + i) for i in range(count)], logits[rows])

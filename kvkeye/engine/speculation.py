@@ -127,8 +127,8 @@ def speculation_of(config: EngineConfig, drafter: Drafter | None, backends: str)
         wanted = SpeculationConfig() if backends == "cpp" or drafter is not None else None
     if not isinstance(wanted, SpeculationConfig):
         return None
-    if wanted.method == "draft_model" and drafter is None:
-        raise ConfigError("SpeculationConfig.method: draft_model needs the model itself. Use Engine.from_config.")
+    if wanted.model is not None and drafter is None:
+        raise ConfigError(f"SpeculationConfig.method: {wanted.method} needs the model itself. Use Engine.from_config.")
     shared = wanted.suffix_cached_tokens if wanted.method == "suffix" else 0
     drafter = drafter or NgramDrafter(wanted.prompt_lookup_min, wanted.prompt_lookup_max, wanted.tree_width, shared)
     return Speculation(drafter, wanted.num_speculative_tokens, wanted.adaptive)

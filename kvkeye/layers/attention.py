@@ -15,7 +15,7 @@ from kvkeye.layers.linear import Linear
 class SelfAttention(nn.Module):
     """Grouped-query attention of a decoder layer, heads of q and k normalised before the rotation.
 
-    qkv_proj holds the rows of q, k and v in this order: [(Hq + 2 Hkv) D, hidden]. Without bias.
+    qkv_proj holds the rows of q, k and v in this order: [(Hq + 2 Hkv) D, input_size]. Without bias.
     """
 
     def __init__(
@@ -28,19 +28,20 @@ class SelfAttention(nn.Module):
         rope_theta: float,
         eps: float,
         layer_index: int,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.sections, self.rope_theta, self.eps = list(sections), rope_theta, eps
         self.softmax_scale = head_dim**-0.5
         self.layer_index = layer_index
-        self.qkv_proj = Linear(hidden_size, (num_q_heads + 2 * num_kv_heads) * head_dim, bias=False)
+        self.qkv_proj = Linear(input_size or hidden_size, (num_q_heads + 2 * num_kv_heads) * head_dim, bias=False)
         self.q_norm = nn.Parameter(torch.ones(head_dim))
         self.k_norm = nn.Parameter(torch.ones(head_dim))
         self.o_proj = Linear(num_q_heads * head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """x [T, hidden], positions [3, T] int64 -> [T, hidden]."""
+        """x [T, input_size], positions [3, T] int64 -> [T, hidden]."""
         qkv = self.qkv_proj(x)  # [T, (Hq + 2 Hkv) D]
         if isinstance(context, PackedContext):
             o = self._packed(qkv, positions, context)

@@ -15,8 +15,10 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False, parts=2)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_up_proj.silu_mul(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., H] -> [..., H], added to `residual` if there is one."""
+        inner = self.gate_up_proj.silu_mul(x)
+        return self.down_proj(inner) if residual is None else self.down_proj.add(inner, residual)
 
 
 class GeluMLP(nn.Module):

@@ -233,14 +233,14 @@ def map_tensors(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
 def save_tensors(
     folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Path]:
-    """Writes named tensors as one file, or as shards with an index; each is converted when it is written.
+    """Writes named tensors as one file, or as shards with an index; those of floats are converted when written.
 
     Every file appears under its name only when it is complete.
     """
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
     for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * dtype.itemsize
+        num_bytes = tensor.numel() * _written(tensor, dtype).itemsize
         if shards[-1] and used + num_bytes > max_shard_bytes:
             shards.append({})
             used = 0
@@ -253,7 +253,7 @@ def save_tensors(
     files = [folder / f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):
         _write(file, shard, dtype)
-    total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+    total = sum(tensor.numel() * _written(tensor, dtype).itemsize for tensor in tensors.values())
     weight_map = {name: file.name for file, shard in zip(files, shards) for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -263,11 +263,16 @@ def save_tensors(
 def _write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as stream:
-        stream.write(header_bytes({name: (dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}))
+        entries = {name: (_written(tensor, dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        stream.write(header_bytes(entries))
         for tensor in tensors.values():
-            data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+            data = tensor.detach().to("cpu", _written(tensor, dtype)).contiguous().flatten().view(torch.uint8)
             stream.write(data.numpy().data)
     os.replace(partial, path)
+
+
+def _written(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def header_bytes(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

@@ -53,7 +53,7 @@ from kvkeye.ops.rope import (
     rope_2d_backward,
 )
 from kvkeye.ops.sampling import sample
-from kvkeye.ops.speculative import verify_draft
+from kvkeye.ops.speculative import draft_tree, verify_draft
 from kvkeye.ops.video_fusion import (
     blend_tiles,
     blend_tiles_backward,
@@ -89,6 +89,7 @@ __all__ = [
     "blend_tiles_backward",
     "copy_blocks",
     "dequantize_weight",
+    "draft_tree",
     "fuse_tiles",
     "fuse_tiles_backward",
     "gelu",

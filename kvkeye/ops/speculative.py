@@ -1,4 +1,4 @@
-"""Speculative decoding: checking proposed tokens against the model."""
+"""Speculative decoding: proposing tokens by a draft head, and checking proposals against the model."""
 
 from collections.abc import Iterator
 from typing import Optional
@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from kvkeye.ops._draft_head import HEAD_WEIGHTS, Head, Text
 from kvkeye.ops._op import op
 from kvkeye.ops.sampling import keep_allowed, masses, penalise, pick, settings_fit, vocabulary_too_large
 from kvkeye.utils import philox
@@ -148,3 +149,107 @@ def _shapes(
 verify_draft.fake(_shapes)
 verify_draft.implement("cpp")
 verify_draft.implement("cuda", refuses=vocabulary_too_large)
+
+
+def _head_fits(
+    features: Tensor, embeds: Tensor, vocabulary: Tensor, weights: list[Tensor], k_cache: Tensor, v_cache: Tensor,
+    block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, positions: Tensor, sections: list[int],
+    num_q_heads: int, intermediate: int, theta: float, eps: float, depth: int, width: int, min_score: float,
+) -> Iterator[str]:  # fmt: skip
+    if vocabulary.dim() != 2 or vocabulary.shape[0] == 0:
+        yield f"vocabulary is {tuple(vocabulary.shape)}; expected [Vd, H]"
+        return
+    rows, size = positions.shape[0], vocabulary.shape[1]
+    for name, tensor, shape in (("features", features, (rows, 3 * size)), ("embeds", embeds, (rows, size))):
+        if tuple(tensor.shape) != shape or tensor.dtype != vocabulary.dtype:
+            yield f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {vocabulary.dtype} {list(shape)}"
+    if len(weights) != len(HEAD_WEIGHTS):
+        yield f"weights are {len(weights)}; expected {len(HEAD_WEIGHTS)}: {', '.join(HEAD_WEIGHTS)}"
+    batch = context_lens.shape[0]
+    for name, tensor, dims, kind in (
+        ("block_table", block_table, (batch, block_table.shape[-1]), torch.int32),
+        ("cu_seqlens", cu_seqlens, (batch + 1,), torch.int32),
+        ("context_lens", context_lens, (batch,), torch.int32),
+        ("positions", positions, (rows,), torch.int64),
+    ):
+        if tensor.dtype != kind or tuple(tensor.shape) != dims:
+            yield f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {kind} {list(dims)}"
+    if depth < 1 or width < 1 or depth * width >= MAX_TREE_ROWS:
+        yield f"depth is {depth}, width {width}; expected at least 1 each and a product below {MAX_TREE_ROWS}"
+
+
+@op(mutates=("k_cache", "v_cache"), requires=_head_fits)
+def draft_tree(
+    features: Tensor,
+    embeds: Tensor,
+    vocabulary: Tensor,
+    weights: list[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    positions: Tensor,
+    sections: list[int],
+    num_q_heads: int,
+    intermediate: int,
+    theta: float,
+    eps: float,
+    depth: int,
+    width: int,
+    min_score: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest continuations of each sequence by an EAGLE-3 style head: a tree of at most `width` nodes a level.
+
+    The head is one decoder layer over [norm(embedding), norm(state)] on the residual stream of the state. The state of
+    a row is `fuse` of the target's features before its token, or what the head gave for the row before it. First the
+    rows that the head has not seen are computed, the newest of each sequence; the last one proposes. Children of a
+    level are the `width` best by score, the product of the head's probabilities along the branch, of those with at
+    least `min_score`; they are computed as rows behind the sequence's tokens, each seeing its branch.
+
+    Shapes     features [T, 3 H]  embeds [T, H]  vocabulary [Vd, H]  k_cache, v_cache [N, Hkv, P, D]
+               block_table [B, M]  cu_seqlens [B + 1] bounds of the rows  context_lens [B]  positions [T]
+    Args       weights in the order of HEAD_WEIGHTS, matrices [O, K] or as pack_weight gives them (gate_up with
+               parts=2), norms as vectors;  vocabulary: the embeddings of the tokens that the head knows;
+               block_table int32, with room for depth * width nodes behind context_lens;  context_lens int32 tokens, the
+               rows included;  positions int64 rotary positions, of a node that of the last row and its level on
+    Returns    tokens [B, depth * width] int64, rows of `vocabulary`, by level and then by score, -1 behind the last;
+               parents likewise, a node's number or -1;  scores likewise, fp32, 0 behind the last;
+               k_cache and v_cache are changed
+    Numerics   those of the ops it is made of; probabilities in fp32; a row with NaN proposes nothing
+    Gradient   none (inference only)
+    Errors     ValueError on shape or dtype disagreement
+    Source     Li et al. 2025 (EAGLE-3), section 3; choice of nodes: Li et al. 2024 (EAGLE-2), section 4.1
+    """
+    head = Head(dict(zip(HEAD_WEIGHTS, weights)), k_cache, v_cache, sections, num_q_heads, intermediate, theta, eps)
+    batch, count, bounds = context_lens.shape[0], depth * width, cu_seqlens.tolist()
+    tokens = torch.full((batch, count), -1, dtype=torch.int64, device=features.device)
+    parents, scores = tokens.clone(), torch.zeros(batch, count, device=features.device)
+    for b, known in enumerate(context_lens.tolist()):
+        rows = slice(bounds[b], bounds[b + 1])
+        text = Text(block_table[b : b + 1], known, int(positions[rows][-1]))
+        states = head.known(features[rows], embeds[rows], positions[rows], text)
+        nodes = head.grow(states[-1:], vocabulary, text, depth, width, min_score)
+        for i, (token, parent, score) in enumerate(nodes):
+            tokens[b, i], parents[b, i], scores[b, i] = token, parent, score
+    return tokens, parents, scores
+
+
+draft_tree.fake(
+    lambda features, embeds, vocabulary, weights, k_cache, v_cache, block_table, cu_seqlens, context_lens, positions,
+    sections, num_q_heads, intermediate, theta, eps, depth, width, min_score: (
+        positions.new_empty((context_lens.shape[0], depth * width)),
+        positions.new_empty((context_lens.shape[0], depth * width)),
+        positions.new_empty((context_lens.shape[0], depth * width), dtype=torch.float32),
+    )
+)  # fmt: skip
+
+
+def _plain_weights(
+    features: Tensor, embeds: Tensor, vocabulary: Tensor, weights: list[Tensor], *rest: object
+) -> Iterator[str]:
+    if any(weight.dim() == 2 for weight in weights):
+        yield "a weight is plain; cpp takes them as pack_weight gives them"
+
+
+draft_tree.implement("cpp", refuses=_plain_weights)

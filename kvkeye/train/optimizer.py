@@ -36,6 +36,10 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     return x.T if tall else x
 
 
+def _is_hidden(name: str) -> bool:
+    return ".layers." in name or name.startswith("midlayer.")
+
+
 class Updater:
     """Holds the optimiser state of named parameters and applies one step. Gradients are clipped by their norm."""
 
@@ -43,7 +47,7 @@ class Updater:
         self.settings = settings
         named = list(named)
         self._all = [p for _, p in named]
-        muon = [(n, p) for n, p in named if settings.muon_lr > 0 and p.dim() == 2 and ".layers." in n]
+        muon = [(n, p) for n, p in named if settings.muon_lr > 0 and p.dim() == 2 and _is_hidden(n)]
         chosen = {id(p) for _, p in muon}
         rest = [p for p in self._all if id(p) not in chosen]
         self._muon = [p for _, p in muon]

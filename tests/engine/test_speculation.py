@@ -15,7 +15,11 @@ from kvkeye.engine import LLM, SamplingParams, SpeculationConfig
 from kvkeye.engine.draft import Draft, branch_length, branch_masks
 from kvkeye.engine.draft_model import DraftModel
 from kvkeye.errors import ConfigError
-from kvkeye.testing.tiny import tiny_keye_model, write_tiny_checkpoint
+from kvkeye.models.draft.config import HeadConfig
+from kvkeye.models.draft.head import DraftHead
+from kvkeye.models.draft.weights import save_head, target_hash
+from kvkeye.testing.tiny import tiny_keye_config, tiny_keye_model, write_tiny_checkpoint
+from tests.engine.heads import drafted, random_head
 from tests.engine.logits import check_lossless, plain_answers, preempt_often, script_of
 from tests.engine.scripted import ScriptedDrafter
 from tests.engine.test_bits import MANY, PROMPTS
@@ -158,6 +162,42 @@ def test_a_draft_model_from_its_folder(tmp_path):
     (other / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"the tokenizer of .*draft is not that of"):
         answer(speculation=wanted)
+
+
+# A head
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_head(way, width):
+    """Of random weights: it sees and keeps everything, and is nearly always wrong."""
+    config, prompts, how = WAYS[way]
+    served = drafted(random_head(), width=width, speculation={"num_speculative_tokens": 6}, **config)
+    counts = check_lossless(served, prompts, truth(), **how)
+    assert counts.num_draft_tokens > 5 * counts.num_drafts
+    assert not served.speculation.drafter._rows
+
+
+@pytest.mark.parametrize("version, dtype", [("1.5", torch.float32), ("preview", torch.bfloat16)])
+def test_a_head_of_other_version_and_dtype(version, dtype):
+    served = drafted(random_head(version, dtype), version, dtype, width=2, max_prefill_chunk=7, num_blocks=24)
+    check_lossless(served, PROMPTS, truth(version, dtype))
+
+
+def test_a_head_from_its_folder(tmp_path):
+    folder, other = (write_tiny_checkpoint(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    config = HeadConfig.for_target(tiny_keye_config().text, target_hash(folder), (0, 1, 2))
+    head = DraftHead(config)
+    save_head(head, tmp_path / "head", dict(head.named_parameters()), torch.float32)
+    wanted = {"method": "eagle3", "model": str(tmp_path / "head"), "num_speculative_tokens": 3, "adaptive": False}
+
+    def answer(model, **given):
+        with LLM(str(model), max_model_len=256, num_blocks=16, **given) as llm:
+            return llm.generate("some text", SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))[0]
+
+    assert answer(folder, speculation=wanted).outputs == answer(folder, speculation=None).outputs
+    with pytest.raises(ConfigError, match=r"the head .*head was trained for another checkpoint than"):
+        answer(other, speculation=wanted)
 
 
 # Sampling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from kvkeye.layers import Context, Embedding, Linear, RMSNorm, SelfAttention, SwiGLU
@@ -51,12 +53,21 @@ class LanguageModel(nn.Module):
 
     def forward(self, embeds: Tensor, positions: Tensor, context: Context) -> Tensor:
         """embeds [T, H], positions [3, T] int64 -> normalised hidden states [T, H]."""
+        return self.forward_features(embeds, positions, context)[0]
+
+    def forward_features(
+        self, embeds: Tensor, positions: Tensor, context: Context, depths: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As forward, and the residual stream [T, H] after as many layers as each of `depths` says, ascending."""
         x, residual = embeds, None
-        for layer in self.layers:
+        features = [embeds] if 0 in depths else []
+        for depth, layer in enumerate(self.layers, 1):
             x, residual = layer(x, residual, positions, context)
+            if depth in depths:
+                features.append(x + residual)
         if residual is None:
-            return self.norm(x)  # type: ignore[no-any-return]
-        return self.norm.add(x, residual)[0]
+            return self.norm(x), features
+        return self.norm.add(x, residual)[0], features
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, V], in the dtype of `hidden`."""

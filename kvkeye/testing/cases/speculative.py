@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvkeye import ops
 from kvkeye.testing.case import Bad, Case, Cost, Sample, cases
 
 _DEFAULTS: dict[str, tuple[float, torch.dtype]] = {
@@ -91,3 +92,52 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Bad("probabilities", (*good[:4], good[4][:2], *good[5:]), "draft_probs is")
     yield Bad("temperature", (*good[:5], good[5].double(), *good[6:]), "temperature is")
     yield Bad("mask", (*good[:18], sample.integers(0, 1, 2, 2, dtype=torch.int32)), "expected int32 [5, 2]")
+
+
+def tree_call(
+    sample: Sample, counts: list[int], contexts: list[int], depth: int, width: int, low: float, heads: int = 2,
+    hidden: int = 64, vocabulary: int = 40,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of draft_tree. The output weights are large: no two tokens are nearly as likely as each other."""
+    dim, kv_heads, block_size, wide = 64, 1, 16, 96
+    room = -(-(max([*contexts, 1]) + depth * width) // block_size)
+    shapes = {
+        "fuse": (hidden, 3 * hidden), "input_norm": (hidden,), "hidden_norm": (hidden,),
+        "qkv": ((heads + 2 * kv_heads) * dim, 2 * hidden), "q_norm": (dim,), "k_norm": (dim,),
+        "out": (hidden, heads * dim), "post_norm": (hidden,), "gate_up": (2 * wide, hidden), "down": (hidden, wide),
+        "norm": (hidden,), "head": (vocabulary, hidden),
+    }  # fmt: skip
+    weights = []
+    for name, shape in shapes.items():
+        scale = 1.0 if len(shape) == 1 else shape[-1] ** -0.5 * (4.0 if name == "head" else 1.0)
+        weight = sample(*shape, scale=scale)
+        if len(shape) == 2:
+            weight = ops.pack_weight(weight, 2 if name == "gate_up" else 1, ops.values_per_word(sample.dtype))
+        weights.append(weight)
+    rows, blocks = sum(counts), len(contexts) * room
+    caches = [sample(blocks, kv_heads, block_size, dim) for _ in range(2)]
+    table = sample.permutation(blocks).view(len(contexts), room).to(torch.int32)
+    positions = [at for count, context in zip(counts, contexts, strict=True) for at in range(7, 7 + count)]
+    return (
+        sample(rows, 3 * hidden), sample(rows, hidden), sample(vocabulary, hidden), weights, *caches, table,
+        sample.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], torch.int32),
+        sample.tensor(contexts, torch.int32), sample.tensor(positions, torch.int64), [8, 12, 12], heads, wide, 1e4,
+        1e-6, depth, width, low,
+    )  # fmt: skip
+
+
+@cases("draft_tree")
+def _(sample: Sample) -> Iterator[Case | Bad]:
+    yield Case("chain", tree_call(sample, [1], [30], 5, 1, 0.0))
+    yield Case("chains", tree_call(sample, [3, 1, 2], [40, 1, 16], 4, 1, 0.0))
+    yield Case("tree", tree_call(sample, [2], [20], 4, 3, 0.0))
+    yield Case("trees", tree_call(sample, [1, 4], [5, 33], 3, 2, 0.0))
+    yield Case("likely_ones", tree_call(sample, [2, 1, 1], [9, 17, 25], 6, 2, 0.2))
+    yield Case("none_likely", tree_call(sample, [1], [12], 3, 2, 1.1))
+    broken = tree_call(sample, [1, 1], [12, 5], 3, 2, 0.0)
+    broken[3][-1].view(-1)[3] = float("nan")
+    yield Case("broken_output_weight", broken)
+    good = tree_call(sample, [1], [12], 3, 2, 0.0)
+    yield Bad("weights", (*good[:3], good[3][:-1], *good[4:]), "weights are 11; expected 12")
+    yield Bad("too_many_nodes", (*good[:15], 8, 8, 0.0), "depth is 8, width 8")
+    yield Bad("no_vocabulary", (*good[:2], good[2][:0], *good[3:]), "vocabulary is (0, 64); expected [Vd, H]")

@@ -1,0 +1,61 @@
+"""Drafters with weights of their own, from the folders that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvkeye.engine.backends import serving_backends
+from kvkeye.engine.block_manager import ceil_div
+from kvkeye.engine.config import EngineConfig, SpeculationConfig
+from kvkeye.engine.draft import Drafter
+from kvkeye.engine.draft_head import HeadDrafter
+from kvkeye.engine.draft_model import DraftModel
+from kvkeye.engine.memory import DEFAULT_MAX_MODEL_LEN
+from kvkeye.errors import ConfigError
+from kvkeye.layers import pack_weights
+from kvkeye.models.draft.weights import load_head, target_hash
+from kvkeye.models.keye.model import KeyeModel
+from kvkeye.models.keye.weights import check_folder, load_model
+from kvkeye.utils.assets import folder_of
+
+
+def load_drafter(config: EngineConfig, target: KeyeModel) -> Drafter | None:
+    """What `config.speculation` names, in the target's dtype and place; None where it names none.
+
+    Raises ConfigError or WeightError if it cannot be read or is not made for this target
+    """
+    wanted = config.speculation
+    if not isinstance(wanted, SpeculationConfig) or wanted.model is None:
+        return None
+    folder = folder_of(wanted.model)
+    if wanted.method == "eagle3":
+        return _head(folder, wanted.tree_width, config, target)
+    return _draft_model(folder, config, target)
+
+
+def _head(folder: Path, width: int, config: EngineConfig, target: KeyeModel) -> HeadDrafter:
+    head = load_head(folder, target.dtype, target.device)
+    head.config.check_target(target.config.text, str(folder))
+    if head.config.target_hash != target_hash(config.model):
+        raise ConfigError(
+            f"SpeculationConfig.model: the head {folder} was trained for another checkpoint than {config.model}. "
+            "Train one for it with `kvkeye train draft.toml target=FOLDER`."
+        )
+    pack_weights(head)
+    return HeadDrafter(head, target, width)
+
+
+def _draft_model(folder: Path, config: EngineConfig, target: KeyeModel) -> DraftModel:
+    check_folder(folder)
+    ours, theirs = (Path(path, "tokenizer.json").read_bytes() for path in (config.model, folder))
+    if ours != theirs:
+        raise ConfigError(
+            f"SpeculationConfig.model: the tokenizer of {folder} is not that of {config.model}. Choose a model of the "
+            "same family."
+        )
+    model = load_model(folder, target.dtype, target.device)
+    pack_weights(model)
+    text = target.config.text
+    max_model_len = config.max_model_len or min(text.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    num_blocks = config.num_blocks or config.max_num_seqs * ceil_div(max_model_len, config.block_size)
+    return DraftModel(model, num_blocks, config.block_size, serving_backends(config, target.device))
