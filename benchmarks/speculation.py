@@ -1,4 +1,4 @@
-"""Speculative decoding against plain decoding of the same engine, and against prompt lookup in transformers.
+"""Speculative decoding against plain decoding of the same engine, and against transformers' two ways of it.
 
     python benchmarks/speculation.py --json benchmarks/results/speculation.jsonl
     python benchmarks/speculation.py --rows repeating fresh
@@ -8,7 +8,9 @@ acceptance  time per token at stated shares of right proposals, 7 a step; large 
 repeating   tiny-keye on benchmarks/prompts/repeating.jsonl, whose answers repeat the prompt: decode time; n-grams of
             the request alone, and the default, which looks into the answers before it too
 fresh       random weights sampling random tokens, where every match misleads: decode time
+head        tiny-keye describing held-out scenes with its bundled draft head: decode time; chains and trees
 lookup      tiny-keye's language half as a Qwen3 checkpoint, text alone: forwards per token, and time
+assisted    the same with its own first two layers as the draft model of both sides
 
 Tokens of all sides are compared first; those of one engine must be equal.
 """
@@ -24,7 +26,7 @@ import argparse
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from importlib.metadata import version
@@ -36,16 +38,24 @@ import torch
 from _engine_checkpoint import GEOMETRIES, write_checkpoint
 from _limits import measure_limits
 from _measure import Bar, Peer, Result, Row, append, machine, parser, record, show
-from _speculation_peer import PromptLookup
+from _speculation_peer import Qwen3
 
-import kvkeye
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
 from kvkeye.engine.draft import Draft
+from kvkeye.engine.draft_model import DraftModel
+from kvkeye.engine.load_drafter import load_drafter
 from kvkeye.engine.request import Sequence
+from kvkeye.layers import pack_weights
+from kvkeye.models.keye.model import KeyeModel
+from kvkeye.train.data import questions_of
+from kvkeye.train.heads.data import messages
+from kvkeye.utils.assets import folder_of
 
-ROWS = ("verify", "acceptance", "repeating", "fresh", "lookup")
-TINY = next(iter(kvkeye.__path__)) + "/assets/tiny-keye"
+ROWS = ("verify", "acceptance", "repeating", "fresh", "head", "lookup", "assisted")
+TINY = str(folder_of("tiny-keye"))
+HEAD = "tiny-keye-eagle3"
 NUM_PROPOSALS = 7
+NUM_DRAFT_LAYERS = 2
 
 
 class Script:
@@ -151,7 +161,8 @@ class Small:
         )
 
     def engine(self, speculation: Any) -> Engine:
-        return Engine(self._config(speculation), self.base.runner.model, self.base.processor)
+        config, model = self._config(speculation), self.base.runner.model
+        return Engine(config, model, self.base.processor, drafter=load_drafter(config, model))
 
     def compare(self, name: str, speculation: Any, prompts: list[Any], sampling: SamplingParams, given: Any) -> Result:
         """Decode time of all answers, one after the other."""
@@ -201,36 +212,70 @@ def fresh(given: argparse.Namespace) -> Result:
         return replace(result, row=replace(result.row, bars=[Bar("plain decoding", 0.97)]))
 
 
-def lookup(tiny: Small, items: list[dict[str, Any]], given: argparse.Namespace) -> tuple[Result, dict[str, float]]:
-    """Text alone, so that a Qwen3 model of the same weights says the same; 64 tokens each."""
-    prompts = [tiny.base.prepare(_repeating.messages(item, with_picture=False)) for item in items]
-    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=64)
-    own_text = {"method": "ngram", "num_speculative_tokens": NUM_PROPOSALS}
-    config = EngineConfig(
-        TINY, dtype="float32", max_model_len=1024, num_blocks=64, enable_prefix_cache=False, speculation=own_text
-    )
-    ours = Engine.from_config(config)
-    peer = PromptLookup(TINY, ours.runner.model.config.text, NUM_PROPOSALS)
-    found: list[list[float]] = [[], []]
-    equal, steps, forwards = 0, 0, 0
-    for prompt in prompts:
-        begin = time.perf_counter()
-        ours.add("a", prompt, sampling)
-        while ours.has_work:
-            (output,) = ours.step()
-            steps += 1
-        found[0].append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        tokens, count = peer.generate(prompt.token_ids, 64)
-        found[1].append(time.perf_counter() - begin)
-        forwards += count
-        equal += sum(a == b for a, b in zip(tokens, output.outputs[0].token_ids))
-    total = 64 * len(prompts)
-    counts = {"forwards_per_token": steps / total, "peer_forwards_per_token": forwards / total}
-    print(f"  {equal} of {total} tokens equal; {counts}")
-    peers = [Peer("transformers", "prompt lookup")]
-    row = Row("tiny-keye, text: an answer of 64 tokens", peers, [Bar("transformers", 1.0)])
-    return Result(row, found), counts
+def described(tiny: Small, given: argparse.Namespace) -> Iterator[Result]:
+    """Descriptions of 25 tokens and more, of scenes that neither the model nor the head was trained on."""
+    items = questions_of("describe", 3 if given.quick else 100, "held_out", seed=3)
+    prompts = [tiny.base.prepare(messages(scene, turn.question)) for scene, turn in items]
+    sampling = SamplingParams(temperature=0, max_tokens=200)
+    for width, title in ((1, "chains"), (2, "trees two nodes wide")):
+        speculation = {"method": "eagle3", "model": HEAD, "tree_width": width}
+        name = f"tiny-keye: {len(prompts)} descriptions, its draft head, {title}"
+        result = tiny.compare(name, speculation, prompts, sampling, given)
+        yield replace(result, row=replace(result.row, bars=[Bar("plain decoding", 1.6)]))
+
+
+class TextAlone:
+    """tiny-keye in fp32 without pictures, so that a Qwen3 model of the same weights says the same; 64 tokens each."""
+
+    def __init__(self, tiny: Small, items: list[dict[str, Any]]) -> None:
+        self.prompts = [tiny.base.prepare(_repeating.messages(item, with_picture=False)) for item in items]
+        self.config = EngineConfig(
+            TINY, dtype="float32", max_model_len=1024, num_blocks=64, enable_prefix_cache=False,
+            speculation={"method": "ngram", "num_speculative_tokens": NUM_PROPOSALS},
+        )  # fmt: skip
+        self.ours = Engine.from_config(self.config)
+        text = self.ours.runner.model.config.text
+        self.peer = Qwen3(TINY, text, text.num_hidden_layers)
+        self.assistant = Qwen3(TINY, text, NUM_DRAFT_LAYERS)
+
+    def lookup(self) -> tuple[Result, dict[str, float]]:
+        row = Row("tiny-keye, text: an answer of 64 tokens", [Peer("transformers", "prompt lookup")], [])
+        return self._compare(row, self.ours, lambda prompt: self.peer.lookup(prompt, 64, NUM_PROPOSALS))
+
+    def assisted(self) -> tuple[Result, dict[str, float]]:
+        model = self.ours.runner.model
+        shallow = replace(model.config, text=replace(model.config.text, num_hidden_layers=NUM_DRAFT_LAYERS))
+        small = KeyeModel(shallow).eval()
+        small.load_state_dict({name: value for name, value in model.state_dict().items() if name in small.state_dict()})
+        pack_weights(small)
+        settings = {"num_speculative_tokens": NUM_PROPOSALS, "adaptive": False}
+        config = replace(self.config, speculation=settings)
+        ours = Engine(config, model, self.ours.processor, drafter=DraftModel(small, 64, 32, "cpp"))
+        name = f"tiny-keye, text: an answer of 64 tokens, its first {NUM_DRAFT_LAYERS} layers as draft model"
+        row = Row(name, [Peer("transformers", "assisted generation")], [])
+        return self._compare(row, ours, lambda prompt: self.peer.assisted(prompt, 64, NUM_PROPOSALS, self.assistant))
+
+    def _compare(
+        self, row: Row, ours: Engine, generate: Callable[[list[int]], tuple[list[int], int]]
+    ) -> tuple[Result, dict[str, float]]:
+        found: list[list[float]] = [[], []]
+        equal, steps, forwards = 0, 0, 0
+        for prompt in self.prompts:
+            begin = time.perf_counter()
+            ours.add("a", prompt, SamplingParams(temperature=0, ignore_eos=True, max_tokens=64))
+            while ours.has_work:
+                (output,) = ours.step()
+                steps += 1
+            found[0].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            tokens, count = generate(prompt.token_ids)
+            found[1].append(time.perf_counter() - begin)
+            forwards += count
+            equal += sum(a == b for a, b in zip(tokens, output.outputs[0].token_ids))
+        total = 64 * len(self.prompts)
+        counts = {"forwards_per_token": steps / total, "peer_forwards_per_token": forwards / total}
+        print(f"  {equal} of {total} tokens equal; {counts}")
+        return Result(replace(row, bars=[Bar("transformers", 1.0)]), found), counts
 
 
 def results(given: argparse.Namespace) -> Any:
@@ -244,14 +289,21 @@ def results(given: argparse.Namespace) -> Any:
             yield acceptance(geometry, given, accuracy), {}
     if "fresh" in names:
         yield fresh(given), {}
-    if not names & {"repeating", "lookup"}:
+    if not names & {"repeating", "head", "lookup", "assisted"}:
         return
     tiny, items = Small(TINY), _repeating.load()[:: 30 if given.quick else 1]
     if "repeating" in names:
         for result in repeating(tiny, items, given):
             yield result, {}
-    if "lookup" in names:
-        yield lookup(tiny, items[::4] if not given.quick else items[:2], given)
+    if "head" in names:
+        for result in described(tiny, given):
+            yield result, {}
+    if names & {"lookup", "assisted"}:
+        text = TextAlone(tiny, items[::4] if not given.quick else items[:2])
+        if "lookup" in names:
+            yield text.lookup()
+        if "assisted" in names:
+            yield text.assisted()
 
 
 def main() -> None:

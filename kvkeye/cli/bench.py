@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvkeye.engine.prepare import Prepared
 
 QUESTION = "Describe the picture as JSON."
-SIDES = {"plain": None, "speculative": "auto"}
+SIDES = ("plain", "speculative")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +67,18 @@ def _load(
 ) -> tuple[dict[str, Engine], Prepared]:
     """An engine per side over one set of weights, and the prompt."""
     from kvkeye.engine.engine import Engine
+    from kvkeye.engine.load_drafter import load_drafter
 
     config = replace(options.engine_config(arguments, model), max_num_seqs=arguments.batch, enable_prefix_cache=False)
     engines: dict[str, Engine] = {}
     for side in arguments.sides:
-        own = replace(config, speculation=SIDES[side])
+        own = replace(config, speculation=None) if side == "plain" else config
         first = next(iter(engines.values()), None)
-        engines[side] = Engine.from_config(own) if first is None else Engine(own, first.runner.model, first.processor)
+        if first is None:
+            engines[side] = Engine.from_config(own)
+        else:
+            model = first.runner.model
+            engines[side] = Engine(own, model, first.processor, drafter=load_drafter(own, model))
     return engines, next(iter(engines.values())).prepare(messages)
 
 

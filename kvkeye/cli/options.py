@@ -71,6 +71,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: operation by operation on a GPU")
     group.add_argument(
+        "--draft-head", metavar="NAME", help="a draft head for this model: its folder, or tiny-keye-eagle3 for tiny-keye"
+    )
+    group.add_argument(
         "--max-model-len", type=at_least_one, metavar="N", help="tokens of prompt and answer (default: the model's)"
     )
 
@@ -93,6 +96,7 @@ def engine_config(arguments: argparse.Namespace, model: Path) -> EngineConfig:
         backends=arguments.backends,
         enforce_eager=arguments.enforce_eager,
         max_model_len=arguments.max_model_len,
+        speculation={"method": "eagle3", "model": arguments.draft_head} if arguments.draft_head else "auto",
         max_num_seqs=1,
     )
 
