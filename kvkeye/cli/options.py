@@ -71,7 +71,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: operation by operation on a GPU")
     group.add_argument(
-        "--draft-head", metavar="NAME", help="a draft head for this model: its folder, or tiny-keye-eagle3 for tiny-keye"
+        "--draft-head", metavar="NAME", help="the model's draft head: a folder, or tiny-keye-eagle3 for tiny-keye"
     )
     group.add_argument(
         "--max-model-len", type=at_least_one, metavar="N", help="tokens of prompt and answer (default: the model's)"
