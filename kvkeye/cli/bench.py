@@ -77,8 +77,8 @@ def _load(
         if first is None:
             engines[side] = Engine.from_config(own)
         else:
-            model = first.runner.model
-            engines[side] = Engine(own, model, first.processor, drafter=load_drafter(own, model))
+            weights = first.runner.model
+            engines[side] = Engine(own, weights, first.processor, drafter=load_drafter(own, weights))
     return engines, next(iter(engines.values())).prepare(messages)
 
 
