@@ -1,8 +1,8 @@
 // Normalisations: tensors to Params to kernels.
 #include "kvkeye/norm.h"
 #include "checks.h"
-#include "layers.h"
 #include "kvkeye/common/blocks.h"
+#include "layers.h"
 
 #include <optional>
 #include <tuple>

@@ -14,7 +14,20 @@ constexpr int64_t kMaxNodes = 63;
 constexpr float kNegligible = 20;
 
 // In the order of the argument `weights`.
-enum Part { kFuse, kInputNorm, kHiddenNorm, kQkv, kQNorm, kKNorm, kOut, kPostNorm, kGateUp, kDown, kNorm, kHead };
+enum Part {
+  kFuse,
+  kInputNorm,
+  kHiddenNorm,
+  kQkv,
+  kQNorm,
+  kKNorm,
+  kOut,
+  kPostNorm,
+  kGateUp,
+  kDown,
+  kNorm,
+  kHead
+};
 constexpr size_t kParts = 12;
 
 struct Head {
@@ -39,7 +52,7 @@ struct Node {
 struct Tree {
   int64_t known = 0, position = 0; // tokens; rotary position of the last one
   std::vector<Node> nodes;
-  std::vector<char> queries; // of all nodes that were computed
+  std::vector<char> queries;       // of all nodes that were computed
   int64_t previous = 0, first = 0; // first nodes of the last two levels
 };
 
@@ -83,19 +96,21 @@ Tensor beside(const Tensor& left, const Tensor& right) {
 
 int64_t slot_of(const Head& head, int64_t b, int64_t place) {
   const int64_t size = head.k_cache.size(2), width = head.block_table.size(1);
-  require(place / size < width, kOp, ": sequence ", b, " needs ", place / size + 1, " blocks; block_table has ",
-          width, ".");
+  require(place / size < width, kOp, ": sequence ", b, " needs ", place / size + 1,
+          " blocks; block_table has ", width, ".");
   return read<int32_t>(head.block_table)[b * width + place / size] * size + place % size;
 }
 
-// The newest rows of a tree see what its branches see: attention over all its nodes, of which the newest count.
+// The newest rows of a tree see what its branches see: attention over all its nodes, of which the newest
+// count.
 Tensor attend_trees(const Head& head, const Tensor& q, const Batch& batch, std::vector<Tree>& trees) {
   Batch whole;
   std::vector<int64_t> masks, wanted;
   const int64_t bytes = row_bytes(q);
   for (size_t b = 0; b < trees.size(); ++b) {
     Tree& tree = trees[b];
-    const int64_t added = batch.bounds[b + 1] - batch.bounds[b], nodes = added == 0 ? 0 : (int64_t)tree.nodes.size();
+    const int64_t added = batch.bounds[b + 1] - batch.bounds[b],
+                  nodes = added == 0 ? 0 : (int64_t)tree.nodes.size();
     const char* rows = read<char>(q) + batch.bounds[b] * bytes;
     tree.queries.insert(tree.queries.end(), rows, rows + added * bytes);
     for (int64_t i = 0; i < nodes; ++i)
@@ -108,25 +123,29 @@ Tensor attend_trees(const Head& head, const Tensor& q, const Batch& batch, std::
   const Tensor queries = empty(q, {(int64_t)masks.size(), q.size(1), q.size(2)});
   for (size_t b = 0; b < trees.size(); ++b)
     if (whole.bounds[b + 1] > whole.bounds[b])
-      std::memcpy(write<char>(queries) + whole.bounds[b] * bytes, trees[b].queries.data(), trees[b].queries.size());
-  const Tensor attended = std::get<0>(paged_attention(
-      queries, head.k_cache, head.v_cache, head.block_table, tensor_of(head.block_table, whole.bounds, ScalarType::Int),
-      tensor_of(head.block_table, whole.contexts, ScalarType::Int), tensor_of(q, masks, ScalarType::Long),
-      1 / std::sqrt((double)head.dim())));
+      std::memcpy(write<char>(queries) + whole.bounds[b] * bytes, trees[b].queries.data(),
+                  trees[b].queries.size());
+  const Tensor attended =
+      std::get<0>(paged_attention(queries, head.k_cache, head.v_cache, head.block_table,
+                                  tensor_of(head.block_table, whole.bounds, ScalarType::Int),
+                                  tensor_of(head.block_table, whole.contexts, ScalarType::Int),
+                                  tensor_of(q, masks, ScalarType::Long), 1 / std::sqrt((double)head.dim())));
   return gather(attended, wanted);
 }
 
 Tensor attend(const Head& head, const Tensor& q, const Batch& batch) {
-  return std::get<0>(paged_attention(
-      q, head.k_cache, head.v_cache, head.block_table, tensor_of(head.block_table, batch.bounds, ScalarType::Int),
-      tensor_of(head.block_table, batch.contexts, ScalarType::Int), std::nullopt, 1 / std::sqrt((double)head.dim())));
+  return std::get<0>(paged_attention(q, head.k_cache, head.v_cache, head.block_table,
+                                     tensor_of(head.block_table, batch.bounds, ScalarType::Int),
+                                     tensor_of(head.block_table, batch.contexts, ScalarType::Int),
+                                     std::nullopt, 1 / std::sqrt((double)head.dim())));
 }
 
 // The decoder layer over new rows: hidden, embeds [T, H] -> [T, H]. `trees` where branches part.
 Tensor layer(const Head& head, const Tensor& hidden, const Tensor& embeds, const Batch& batch,
              std::vector<Tree>* trees) {
   const int64_t rows = hidden.size(0), dim = head.dim();
-  const Tensor x = beside(rms_norm(embeds, head[kInputNorm], head.eps), rms_norm(hidden, head[kHiddenNorm], head.eps));
+  const Tensor x =
+      beside(rms_norm(embeds, head[kInputNorm], head.eps), rms_norm(hidden, head[kHiddenNorm], head.eps));
   const Tensor qkv =
       prepacked_linear(x, head[kQkv], std::nullopt, (head.num_q_heads + 2 * head.k_cache.size(1)) * dim);
   std::vector<int64_t> axes;
@@ -134,9 +153,9 @@ Tensor layer(const Head& head, const Tensor& hidden, const Tensor& embeds, const
     axes.insert(axes.end(), batch.positions.begin(), batch.positions.end());
   const Tensor positions = empty(x, {3, rows}, ScalarType::Long);
   std::copy(axes.begin(), axes.end(), write<int64_t>(positions));
-  const Tensor q = qk_norm_mrope_append(qkv, head[kQNorm], head[kKNorm], positions, head.k_cache, head.v_cache,
-                                        tensor_of(x, batch.slots, ScalarType::Long), head.sections, head.theta,
-                                        head.eps);
+  const Tensor q =
+      qk_norm_mrope_append(qkv, head[kQNorm], head[kKNorm], positions, head.k_cache, head.v_cache,
+                           tensor_of(x, batch.slots, ScalarType::Long), head.sections, head.theta, head.eps);
   const Tensor o = trees == nullptr ? attend(head, q, batch) : attend_trees(head, q, batch, *trees);
   const Tensor flat = torch::stable::view(o, {rows, head.num_q_heads * dim});
   const Tensor attended = prepacked_linear(flat, head[kOut], std::nullopt, head.size());
@@ -161,7 +180,8 @@ struct Choice {
   float chance;
 };
 
-// The `width` likeliest tokens of a row, the likeliest first, of equal ones the first; none where it holds NaN.
+// The `width` likeliest tokens of a row, the likeliest first, of equal ones the first; none where it holds
+// NaN.
 template <class T> void likeliest(const T* logits, int64_t size, int64_t width, std::vector<Choice>& found) {
   found.clear();
   for (int64_t token = 0; token < size; ++token) {
@@ -262,21 +282,22 @@ void check(const Head& head, const Tensor& features, const Tensor& embeds, const
   table.has_dim(2, "[B, M]");
   table.has_shape({sequences, head.block_table.size(1)});
   table.has_dtype(ScalarType::Int);
-  require(head.vocabulary.size(0) > 0 && depth >= 1 && width >= 1 && depth * width <= kMaxNodes, kOp, ": depth is ",
-          depth, " and width ", width, "; expected at least 1 each and a product of at most ", kMaxNodes, ".");
+  require(head.vocabulary.size(0) > 0 && depth >= 1 && width >= 1 && depth * width <= kMaxNodes, kOp,
+          ": depth is ", depth, " and width ", width, "; expected at least 1 each and a product of at most ",
+          kMaxNodes, ".");
 }
 
 // The rows that the head has not seen yet, each the newest of its sequence up to the last known token.
-Batch known_rows(const Head& head, const Tensor& cu_seqlens, const Tensor& context_lens, const Tensor& positions,
-                 std::vector<Tree>& trees, std::vector<int64_t>& last) {
+Batch known_rows(const Head& head, const Tensor& cu_seqlens, const Tensor& context_lens,
+                 const Tensor& positions, std::vector<Tree>& trees, std::vector<int64_t>& last) {
   const int32_t *bounds = read<int32_t>(cu_seqlens), *contexts = read<int32_t>(context_lens);
   const int64_t rows = positions.size(0);
   Batch batch;
   batch.positions.assign(read<int64_t>(positions), read<int64_t>(positions) + rows);
   for (size_t b = 0; b < trees.size(); ++b) {
     const int64_t count = bounds[b + 1] - bounds[b];
-    require(bounds[b] == batch.bounds.back() && count >= 1 && bounds[b + 1] <= rows && count <= contexts[b], kOp,
-            ": sequence ", b, " has rows ", bounds[b], " to ", bounds[b + 1], " and ", contexts[b],
+    require(bounds[b] == batch.bounds.back() && count >= 1 && bounds[b + 1] <= rows && count <= contexts[b],
+            kOp, ": sequence ", b, " has rows ", bounds[b], " to ", bounds[b + 1], " and ", contexts[b],
             " tokens; expected at least one row, rows in order and no more of them than tokens.");
     for (int64_t i = 0; i < count; ++i)
       batch.slots.push_back(slot_of(head, (int64_t)b, contexts[b] - count + i));
@@ -286,17 +307,17 @@ Batch known_rows(const Head& head, const Tensor& cu_seqlens, const Tensor& conte
     trees[b].position = batch.positions[bounds[b + 1] - 1];
     last.push_back(bounds[b + 1] - 1);
   }
-  require(batch.bounds.back() == rows, kOp, ": cu_seqlens ends at ", batch.bounds.back(), "; expected ", rows, ".");
+  require(batch.bounds.back() == rows, kOp, ": cu_seqlens ends at ", batch.bounds.back(), "; expected ", rows,
+          ".");
   return batch;
 }
 
-std::tuple<Tensor, Tensor, Tensor> draft_tree(const Tensor& features, const Tensor& embeds, const Tensor& vocabulary,
-                                              const std::vector<Tensor>& weights, const Tensor& k_cache,
-                                              const Tensor& v_cache, const Tensor& block_table,
-                                              const Tensor& cu_seqlens, const Tensor& context_lens,
-                                              const Tensor& positions, const std::vector<int64_t>& sections,
-                                              int64_t num_q_heads, int64_t intermediate, double theta, double eps,
-                                              int64_t depth, int64_t width, double min_score) {
+std::tuple<Tensor, Tensor, Tensor>
+draft_tree(const Tensor& features, const Tensor& embeds, const Tensor& vocabulary,
+           const std::vector<Tensor>& weights, const Tensor& k_cache, const Tensor& v_cache,
+           const Tensor& block_table, const Tensor& cu_seqlens, const Tensor& context_lens,
+           const Tensor& positions, const std::vector<int64_t>& sections, int64_t num_q_heads,
+           int64_t intermediate, double theta, double eps, int64_t depth, int64_t width, double min_score) {
   const Tensor table = dense(block_table), rows = dense(vocabulary), places = dense(positions);
   const Head head{weights, rows, k_cache, v_cache, table, sections, num_q_heads, intermediate, theta, eps};
   check(head, features, embeds, cu_seqlens, context_lens, positions, depth, width);
@@ -308,12 +329,14 @@ std::tuple<Tensor, Tensor, Tensor> draft_tree(const Tensor& features, const Tens
     const Tensor hidden = prepacked_linear(features, head[kFuse], std::nullopt, head.size());
     Tensor states = gather(layer(head, hidden, dense(embeds), batch, nullptr), last);
     for (int64_t level = 0;; ++level) {
-      const Tensor logits = prepacked_linear(rms_norm(states, head[kNorm], eps), head[kHead], std::nullopt, rows.size(0));
+      const Tensor logits =
+          prepacked_linear(rms_norm(states, head[kNorm], eps), head[kHead], std::nullopt, rows.size(0));
       if (!grow(trees, batch, logits, level, width, (float)min_score) || level + 1 == depth)
         break;
       std::vector<int64_t> parents, tokens;
       batch = next_rows(head, trees, batch, level, parents, tokens);
-      states = layer(head, gather(states, parents), gather(rows, tokens), batch, width > 1 ? &trees : nullptr);
+      states =
+          layer(head, gather(states, parents), gather(rows, tokens), batch, width > 1 ? &trees : nullptr);
     }
   }
   const Tensor found = empty(places, {sequences, nodes}), parents = empty(places, {sequences, nodes}),
