@@ -106,7 +106,28 @@ def _rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, name: st
     return _best(lambda: sum(pool.map(getattr(library, name), rounds)), 12)
 
 
+def read_meter(size: int = 512 * MIB) -> Callable[[], float]:
+    """Bytes per second, best of a few reads of `size` bytes by all threads: takes turns with what a row times.
+
+    A shared machine's bandwidth changes by the second, and by half.
+    """
+    library, threads = _library(), torch.get_num_threads()
+    if library is None:
+        return lambda: _torch_read(size)
+    pool = ThreadPoolExecutor(threads)
+    read, amount = _reader(library, pool, threads, size)
+    return lambda: _best(lambda: (read(), amount)[1], 4)
+
+
 def _read_rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, size: int) -> float:
+    read, amount = _reader(library, pool, threads, size)
+    return _best(lambda: (read(), amount)[1], 8)
+
+
+def _reader(
+    library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, size: int
+) -> tuple[Callable[[], None], float]:
+    """A function that reads memory of its own, every thread a part, and how many bytes."""
     part = max(256, size // threads // 256 * 256)
     memory = mmap.mmap(-1, part * threads + 4 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # large pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -115,11 +136,11 @@ def _read_rate(library: ctypes.CDLL, pool: ThreadPoolExecutor, threads: int, siz
     data.fill_(1)
     start = -(-data.data_ptr() // (2 * MIB)) * 2 * MIB
 
-    def work() -> float:
+    def read() -> None:
         list(pool.map(lambda i: library.read_bytes(start + i * part, part), range(threads)))
-        return float(part * threads)
+        assert data.numel() >= part * threads  # keeps the memory
 
-    return _best(work, 8)
+    return read, float(part * threads)
 
 
 def _torch_product(dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@
 
 Random bf16 weights of a real geometry, prompts of 512 tokens, greedy, every side the same number of tokens. The sides
 take turns of some steps each; medians. The streaming limit is the bytes of weights and KV that a step must read, over
-the read bandwidth measured in the same run. vLLM comes from `make peers`.
+the bandwidth of plain reads, which take turns with the sides: their median. vLLM comes from `make peers`.
 """
 
 # ruff: noqa: E402
@@ -19,6 +19,7 @@ _isa.ensure_bf16()
 
 import argparse
 import gc
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ import torch
 from _engine_checkpoint import GEOMETRIES, Geometry, write_checkpoint
 from _engine_profile import print_profile
 from _engine_sides import Kvkeye, Prompts, Side, Transformers, Vllm
-from _limits import Limits, measure_limits
+from _limits import Limits, measure_limits, read_meter
 from _measure import Bar, Peer, Result, Row, append, machine, parser, record, show
 
 ROWS = ("decode_1", "decode_8", "prefill")
@@ -87,18 +88,25 @@ def check(sides: list[Side], prompt: list[int]) -> None:
                 raise AssertionError(f"logits differ from {side.group}'s, {side.setting}: cosine {similarity:.4f}")
 
 
-def decode(sides: list[Side], prompts: Prompts, seconds: float) -> tuple[list[list[float]], list[Prompts]]:
-    """Seconds per step and side, and the tokens. Every side makes the same number of steps."""
+def decode(
+    sides: list[Side], prompts: Prompts, seconds: float, read_rate: Callable[[], float]
+) -> tuple[list[list[float]], list[Prompts], float]:
+    """Seconds per step and side, the tokens, and the median bandwidth of reads that took turns with the sides.
+
+    Every side makes the same number of steps.
+    """
     turns = MAX_TURNS
     for side in sides:
         side.start(prompts, 2 + TURN * (turns + 1))
     warm = sum(side.advance(TURN) for side in sides)
     turns = max(3, min(turns, int(seconds / warm)))
     times: list[list[float]] = [[] for _ in sides]
+    rates: list[float] = []
     for _ in range(turns):
+        rates.append(read_rate())
         for side, own in zip(sides, times):
             own.append(side.advance(TURN) / TURN)
-    return times, [side.finish() for side in sides]
+    return times, [side.finish() for side in sides], statistics.median(rates)
 
 
 def prefill(sides: list[Side], geometry: Geometry, length: int, seconds: float) -> list[list[float]]:
@@ -113,15 +121,20 @@ def prefill(sides: list[Side], geometry: Geometry, length: int, seconds: float) 
     return [own[1:] for own in times]  # the first turn warms up
 
 
-def measure(name: str, sides: list[Side], geometry: Geometry, given: argparse.Namespace) -> Result:
+def measure(
+    name: str, sides: list[Side], geometry: Geometry, given: argparse.Namespace, limits: Limits
+) -> tuple[Result, Limits]:
+    """The row, and the limits while it was timed."""
     peers = [Peer(side.group, side.setting) for side in sides[1:]]
     length = given.prompt
     if name == "prefill":
         title = f"{given.title}: prompt of {length} tokens"
         row = Row(title, peers, [Bar("transformers", 1.5)], flops=geometry.prompt_flops(length))
-        return Result(row, prefill(sides, geometry, length, given.seconds))
+        return Result(row, prefill(sides, geometry, length, given.seconds)), limits
     batch = int(name.split("_")[1])
-    times, tokens = decode(sides, random_prompts(geometry, batch, length, batch), given.seconds)
+    read_rate = read_meter(1 << 24) if given.quick else read_meter()
+    times, tokens, rate = decode(sides, random_prompts(geometry, batch, length, batch), given.seconds, read_rate)
+    limits = replace(limits, read=rate)
     counts = {len(answer) for side in tokens for answer in side}
     if len(counts) != 1:
         raise AssertionError(f"{name}: the sides made different numbers of tokens: {counts}")
@@ -132,7 +145,7 @@ def measure(name: str, sides: list[Side], geometry: Geometry, given: argparse.Na
     streamed = weights + geometry.kv_bytes(batch, length + counts.pop() // 2)
     bars = [Bar("vLLM compiled", 1.25 if batch == 1 else 2.0), Bar("kvkeye", 1.7)]
     title = f"{given.title}: one step, {batch} answers after prompts of {length}"
-    return Result(Row(title, peers, bars, streamed=float(streamed), least_read=0.7), times)
+    return Result(Row(title, peers, bars, streamed=float(streamed), least_read=0.7), times), limits
 
 
 def phases(names: list[str]) -> list[list[str]]:
@@ -155,11 +168,11 @@ def run(geometry: Geometry, given: argparse.Namespace, limits: Limits, about: di
             sides: list[Side] = [ours, *peers]
             check(sides, random_prompts(geometry, 1, given.prompt, 99)[0])
             for name in given.rows:
-                result = measure(name, sides, geometry, given)
+                result, own = measure(name, sides, geometry, given, limits)
                 if given.quick:
                     result.row = replace(result.row, bars=[], least_read=0.0)
-                show(result, limits)
-                append(given.json, about | limits.row() | record(result, limits))
+                show(result, own)
+                append(given.json, about | own.row() | record(result, own))
 
 
 def main() -> None:
