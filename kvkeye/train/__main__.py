@@ -1,7 +1,8 @@
-"""Trains a recipe, or scores a checkpoint folder that was trained on scenes.
+"""Trains a recipe, or scores a folder: a checkpoint trained on scenes, or a pipeline trained on clips.
 
 python -m kvkeye.train recipe.toml steps=100 optimizer.lr=1e-3
 python -m kvkeye.train evaluate FOLDER [count=500] [card=true] [quantization=int8]
+python -m kvkeye.train evaluate PIPELINE [count=192] [card=true]
 """
 
 from __future__ import annotations
@@ -38,14 +39,28 @@ def evaluate_folder(folder: Path, count: int, card: bool, quantization: str | No
         write_card(folder, scores)
 
 
+def evaluate_clips(folder: Path, count: int, card: bool) -> None:
+    """Prints the scores of a pipeline's own clips; with `card` writes the model card too."""
+    from kvkeye.train.clips.card import write_card
+    from kvkeye.train.clips.evaluate import evaluate, table
+
+    scores = evaluate(folder, count)
+    print(table(scores))
+    if card:
+        write_card(folder, scores)
+
+
 def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if not arguments:
         raise SystemExit(__doc__)
     if arguments[0] == "evaluate":
         options = parse_overrides(arguments[2:])
-        count, card = int(options.get("count", 500)), bool(options.get("card", False))
-        evaluate_folder(Path(arguments[1]), count, card, options.get("quantization"))
+        folder, card = Path(arguments[1]), bool(options.get("card", False))
+        if (folder / "model_index.json").is_file():
+            evaluate_clips(folder, int(options.get("count", 192)), card)
+        else:
+            evaluate_folder(folder, int(options.get("count", 500)), card, options.get("quantization"))
         return
     from kvkeye.train.trainer import run
 

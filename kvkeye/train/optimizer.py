@@ -21,6 +21,13 @@ def rate(settings: Optimizer, step: int, steps: int) -> float:
     return warm * (0.51 + 0.49 * math.cos(math.pi * min(1.0, (step - begin) / max(1, steps - begin))))
 
 
+def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix, or a filter that is one with its window flattened, of the layers between the ends."""
+    inside = any(part in name for part in (".layers.", ".blocks.", "_blocks.", "_block."))
+    inside |= name.startswith("midlayer.")
+    return inside and parameter.dim() >= 2 and min(parameter.flatten(1).shape) > 1
+
+
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """An approximately orthogonal matrix with the singular vectors of `matrix` [m, n].
 
@@ -36,20 +43,16 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     return x.T if tall else x
 
 
-def _is_hidden(name: str) -> bool:
-    return ".layers." in name or name.startswith("midlayer.")
-
-
 class Updater:
     """Holds the optimiser state of named parameters and applies one step. Gradients are clipped by their norm."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: Optimizer) -> None:
         self.settings = settings
         named = list(named)
-        self._all = [p for _, p in named]
-        muon = [(n, p) for n, p in named if settings.muon_lr > 0 and p.dim() == 2 and _is_hidden(n)]
+        self.parameters = [p for _, p in named]
+        muon = [(n, p) for n, p in named if settings.muon_lr > 0 and _is_hidden(n, p)]
         chosen = {id(p) for _, p in muon}
-        rest = [p for p in self._all if id(p) not in chosen]
+        rest = [p for p in self.parameters if id(p) not in chosen]
         self._muon = [p for _, p in muon]
         self._momentum = [torch.zeros_like(p) for p in self._muon]
         self._adam = torch.optim.AdamW(
@@ -64,13 +67,13 @@ class Updater:
 
     def step(self, step: int, steps: int) -> float:
         """Updates the parameters from their gradients and clears them; returns the gradients' norm."""
-        norm = nn.utils.clip_grad_norm_(self._all, self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         factor = rate(self.settings, step, steps)
         for group in self._adam.param_groups:
             group["lr"] = self.settings.lr * factor
         self._adam.step()
         self._step_muon(factor)
-        for parameter in self._all:
+        for parameter in self.parameters:
             parameter.grad = None
         return float(norm)
 
@@ -81,10 +84,10 @@ class Updater:
             if parameter.grad is None:
                 continue
             momentum.lerp_(parameter.grad, 0.05)
-            update = orthogonalise(parameter.grad.lerp(momentum, 0.95))
+            update = orthogonalise(parameter.grad.lerp(momentum, 0.95).flatten(1))
             # The scale makes the update's RMS that of a typical AdamW step (Liu et al. 2025).
-            scale = 0.2 * math.sqrt(max(parameter.shape))
-            parameter.mul_(1 - lr * self.settings.weight_decay).add_(update, alpha=-lr * scale)
+            scale = 0.2 * math.sqrt(max(update.shape))
+            parameter.mul_(1 - lr * self.settings.weight_decay).add_(update.view_as(parameter), alpha=-lr * scale)
 
     def state_dict(self) -> dict[str, Any]:
         return {"adam": self._adam.state_dict(), "momentum": self._momentum}

@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Optimizer:
     """Update rule. The rate warms up linearly, stays, and falls as a cosine over the last `decay` steps.
 
-    `muon_lr` above 0 gives weight matrices of the hidden layers orthogonalised momentum with that rate; all other
-    parameters take AdamW.
+    `muon_lr` above 0 gives weight matrices and filters of the hidden layers orthogonalised momentum with that rate; all
+    other parameters take AdamW.
     """
 
     lr: float = 1.5e-3

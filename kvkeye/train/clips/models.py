@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kvkeye.train.clips.motion import vocabulary
-from kvkeye.train.clips.recipe import Denoiser, VideoRecipe
+from kvkeye.train.clips.recipe import VideoRecipe
 
-RATIO = 4  # of the VAE in time and in both sides
+RATIO = 2  # of the VAE in time
+SPATIAL_RATIO = 4  # in both sides
+_PATCH = 2  # pixels that become channels before the first layer, as in Wan 2.2's VAE
 MAX_LATENT_FRAMES = 128  # of the positional table
 MAX_TOKENS = 16  # of a caption
 
 
 def build_vae(recipe: VideoRecipe) -> Any:
-    """An `AutoencoderKLWan`, causal in time."""
+    """An `AutoencoderKLWan`, causal in time; its shortcuts (Wan 2.2) spare it a long start at the mean picture."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(recipe.seed)
@@ -26,19 +29,33 @@ def build_vae(recipe: VideoRecipe) -> Any:
     return AutoencoderKLWan(
         base_dim=recipe.vae.base_dim,
         z_dim=z,
-        dim_mult=[1, 2, 2],
+        dim_mult=[1, 1],
         num_res_blocks=1,
         attn_scales=[],
-        temperal_downsample=[True, True],
+        temperal_downsample=[True],
+        in_channels=3 * _PATCH**2,
+        out_channels=3 * _PATCH**2,
+        patch_size=_PATCH,
+        is_residual=True,
         latents_mean=[0.0] * z,
         latents_std=[1.0] * z,
         scale_factor_temporal=RATIO,
-        scale_factor_spatial=RATIO,
+        scale_factor_spatial=SPATIAL_RATIO,
     )
 
 
+@torch.no_grad()
+def blind_to_the_past(decoder: nn.Module, fold: bool = False) -> None:
+    """Clears a causal decoder's filter taps on earlier frames; with `fold` their sum stays as the present one's."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+            if fold:
+                module.weight[:, :, -1] = module.weight.sum(2)
+            module.weight[:, :, :-1] = 0
+
+
 def build_text(recipe: VideoRecipe) -> tuple[Any, Any]:
-    """A tokenizer of the captions' words and a small encoder, which learns with the text-to-video denoiser."""
+    """A tokenizer of the captions' words and a small encoder, which learns with the denoiser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -66,17 +83,17 @@ def build_text(recipe: VideoRecipe) -> tuple[Any, Any]:
     return fast, UMT5EncoderModel(config)
 
 
-def build_denoiser(recipe: VideoRecipe, sizes: Denoiser, image: bool) -> Any:
-    """A `WanTransformer3DModel`; with `image` it also takes mask and latents of a guide frame."""
+def build_denoiser(recipe: VideoRecipe, guided: bool = True) -> Any:
+    """A `WanTransformer3DModel`; if `guided` it also takes mask and latents of a guide frame, zero for none."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(recipe.seed + 2)
-    z = recipe.vae.z_dim
+    sizes, z = recipe.denoiser, recipe.vae.z_dim
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=sizes.heads,
         attention_head_dim=sizes.head_dim,
-        in_channels=z + (RATIO + z if image else 0),
+        in_channels=z + (RATIO + z if guided else 0),
         out_channels=z,
         text_dim=recipe.text_dim,
         freq_dim=128,
@@ -88,6 +105,14 @@ def build_denoiser(recipe: VideoRecipe, sizes: Denoiser, image: bool) -> Any:
     )
 
 
+def without_guide(recipe: VideoRecipe, denoiser: Any) -> Any:
+    """The text-to-video denoiser inside the guided one: what it computes where there is no guide."""
+    plain, weights = build_denoiser(recipe, guided=False), denoiser.state_dict()
+    weights["patch_embedding.weight"] = weights["patch_embedding.weight"][:, : recipe.vae.z_dim]
+    plain.load_state_dict(weights)
+    return plain
+
+
 def encode_captions(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> Tensor:
     """Embeddings [B, MAX_TOKENS, D], zero behind a caption's end, as `WanPipeline` makes them."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
@@ -97,16 +122,18 @@ def encode_captions(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> 
 
 
 def export(recipe: VideoRecipe, parts: dict[str, Any]) -> dict[str, Path]:
-    """Writes `tiny-t2v` and `tiny-i2v` folders below `recipe.output`; returns them by stage."""
+    """Writes `tiny-t2v` and `tiny-i2v` folders below `recipe.output`, weights in fp16; returns them by stage."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 
     found = {}
+    parts = {**parts, "i2v": parts["denoiser"], "t2v": without_guide(recipe, parts["denoiser"])}
+    parts = {name: deepcopy(part).half() if isinstance(part, nn.Module) else part for name, part in parts.items()}
     for stage, kind in (("t2v", WanPipeline), ("i2v", WanImageToVideoPipeline)):
         pipe = kind(
             tokenizer=parts["tokenizer"],
             text_encoder=parts["text"],
             vae=parts["vae"],
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=getattr(recipe, stage).shift),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.denoiser.shift),
             transformer=parts[stage],
         )
         folder = recipe.output / f"{recipe.name}-{stage}"
@@ -117,6 +144,7 @@ def export(recipe: VideoRecipe, parts: dict[str, Any]) -> dict[str, Path]:
             "width": recipe.size,
             "fps": recipe.fps,
             "num_inference_steps": recipe.sampling_steps,
+            "guidance_scale": recipe.guidance,
         }
         (folder / "video_defaults.json").write_text(json.dumps(defaults, indent=1) + "\n")
         found[stage] = folder

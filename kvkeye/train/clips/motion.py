@@ -18,7 +18,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
     "down right": (1, 1), "up left": (-1, -1),
 }  # fmt: skip
-SPEEDS = {"slowly": 0.5, "quickly": 1.0}  # pixels per frame and axis
+SPEEDS = {"slowly": 0.5, "quickly": 1.5}  # pixels per frame and axis
 BACKGROUND = 0.12
 RADIUS = 6.0  # pixels
 _SOFT = 0.7  # pixels over which an edge fades
@@ -52,12 +52,15 @@ class Motion:
 
     def frames(self, num_frames: int) -> Tensor:
         """[F, 3, size, size] in [0, 1]."""
-        at = torch.arange(self.size) + 0.5
-        x, y = self.centres(num_frames).T[..., None, None]  # [F, 1, 1] each
-        dx, dy = _wrapped(at - x, self.size), _wrapped(at[:, None] - y, self.size)
-        inside = (0.5 - _distance(self.shape, dx, dy) / _SOFT).clamp(0, 1)  # [F, size, size]
         color = torch.tensor(COLORS[self.color])[:, None, None] / 255
-        return BACKGROUND + inside[:, None] * (color - BACKGROUND)
+        return BACKGROUND + self.inside(self.centres(num_frames))[:, None] * (color - BACKGROUND)
+
+    def inside(self, centres: Tensor) -> Tensor:
+        """How much of each pixel the shape covers at centres [F, 2]: [F, size, size], 0 to 1."""
+        at = torch.arange(self.size) + 0.5
+        x, y = centres.T[..., None, None]  # [F, 1, 1] each
+        dx, dy = wrapped(at - x, self.size), wrapped(at[:, None] - y, self.size)
+        return (0.5 - _distance(self.shape, dx, dy) / _SOFT).clamp(0, 1)
 
 
 def draw(seed: int, size: int = 32) -> Motion:
@@ -80,7 +83,7 @@ def vocabulary() -> list[str]:
     return sorted(words | {word for direction in DIRECTIONS for word in direction.split()})
 
 
-def _wrapped(delta: Tensor, size: int) -> Tensor:
+def wrapped(delta: Tensor, size: int) -> Tensor:
     """Differences on a circle of `size`, in [-size / 2, size / 2)."""
     return (delta + size / 2) % size - size / 2
 
@@ -97,56 +100,3 @@ def _distance(shape: str, dx: Tensor, dy: Tensor) -> Tensor:
         return torch.maximum(dx.abs(), dy.abs()) - 0.85 * RADIUS
     near, far = torch.minimum(dx.abs(), dy.abs()), torch.maximum(dx.abs(), dy.abs())
     return torch.maximum(near - 0.35 * RADIUS, far - RADIUS)
-
-
-@dataclass(frozen=True)
-class MotionScores:
-    """How far a clip is from what its caption says, whatever place it began at.
-
-    position   root mean square distance in pixels between the shape's centre and the line that best fits it at the
-               captioned velocity
-    velocity   error of the measured mean velocity, in pixels per frame
-    color      mean distance of the shape's colour from the captioned one, 0 to 1.7
-    drift      change of the colour error from the first to the last quarter
-    presence   share of frames in which a shape is seen
-    """
-
-    position: float
-    velocity: float
-    color: float
-    drift: float
-    presence: float
-
-
-def measure(frames: Tensor, motion: Motion) -> MotionScores:
-    """Compares [F, 3, size, size] in [0, 1] with the captioned motion; its own `x` and `y` are not used."""
-    frames = frames.float()
-    size, num_frames = frames.shape[-1], len(frames)
-    weight = ((frames - BACKGROUND).abs().amax(1) - 0.15).clamp_min(0)  # [F, size, size]
-    mass = weight.sum((1, 2))
-    seen = mass > 2.0
-    if int(seen.sum()) < 2:
-        return MotionScores(size / 2, float("nan"), 1.7, 0.0, float(seen.float().mean()))
-    angle = 2 * torch.pi * (torch.arange(size) + 0.5) / size
-    turn = torch.polar(torch.ones(size), angle)
-    x = (weight.sum(1).to(turn.dtype) @ turn).angle() * size / (2 * torch.pi)
-    y = (weight.sum(2).to(turn.dtype) @ turn).angle() * size / (2 * torch.pi)
-    centres = torch.stack([x, y], 1)  # [F, 2], circular means
-    times = torch.arange(num_frames)[:, None]
-    along = centres - torch.tensor(motion.velocity) * times
-    phase = torch.polar(torch.ones_like(along[seen]), along[seen] * 2 * torch.pi / size).mean(0).angle()
-    left = _wrapped(along - phase * size / (2 * torch.pi), size)[seen]
-    steps = _wrapped(centres[1:] - centres[:-1], size)[seen[1:] & seen[:-1]]
-    wanted = torch.tensor(COLORS[motion.color])[None] / 255
-    core = weight / weight.amax((1, 2), keepdim=True).clamp_min(1e-6) > 0.8
-    color = (frames * core[:, None]).sum((2, 3)) / core.sum((1, 2)).clamp_min(1)[:, None]
-    off = (color - wanted).norm(dim=1)
-    quarter = max(1, num_frames // 4)
-    velocity = (steps.mean(0) - torch.tensor(motion.velocity)).norm() if len(steps) else torch.tensor(float("nan"))
-    return MotionScores(
-        position=float(left.square().sum(1).mean().sqrt()),
-        velocity=float(velocity),
-        color=float(off[seen].mean()),
-        drift=float(off[-quarter:].mean() - off[:quarter].mean()),
-        presence=float(seen.float().mean()),
-    )

@@ -1,4 +1,4 @@
-"""Three stages from nothing: the VAE, the text-to-video denoiser with its text encoder, the image-to-video denoiser.
+"""Three stages from nothing: the VAE, one denoiser for text and image to video with its text encoder, its decoder.
 
 Batches come from (seed, stage, step) alone and the whole state is saved, so an interrupted run continues to the same
 bits. Attention may be replaced by the caller's, so that the project's ops train too.
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +20,63 @@ from torch import Tensor, nn
 
 from kvkeye.train import checkpoint
 from kvkeye.train.clips import models
+from kvkeye.train.clips.latents import Pool, fill
 from kvkeye.train.clips.motion import Motion, draw
 from kvkeye.train.clips.recipe import STAGES, VideoRecipe, load, stage_steps
 from kvkeye.train.optimizer import Updater
+from kvkeye.train.parallel import average_gradients, launch
 
 _log = logging.getLogger("kvkeye.train")
 _LATENT_CLIPS = 512  # whose latents set the normalisation
+_SHORT = 5  # frames of the VAE's cheap steps
 Attention = Callable[[Any], object]
 
 
 class VideoTrainer:
     """All components, and the stage and step that come next."""
 
-    def __init__(self, recipe: VideoRecipe, attention: Attention | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: VideoRecipe, attention: Attention | None = None, rank: int = 0) -> None:
+        self.recipe, self.rank = recipe, rank
         tokenizer, text = models.build_text(recipe)
         self.parts: dict[str, Any] = {
             "tokenizer": tokenizer,
             "text": text,
             "vae": models.build_vae(recipe),
-            "t2v": models.build_denoiser(recipe, recipe.t2v, image=False),
-            "i2v": models.build_denoiser(recipe, recipe.i2v, image=True),
+            "denoiser": models.build_denoiser(recipe),
         }
         if attention is not None:
-            for stage in ("t2v", "i2v"):
-                attention(self.parts[stage])
-        self.stage, self.step = STAGES[0], 0
-        self._begin(self.stage)
+            attention(self.parts["denoiser"])
+        self.pool: Pool | None = None  # of the denoiser, filled at its first step
+        self._begin(STAGES[0])
 
     # One stage
 
     def _begin(self, stage: str) -> None:
         """Optimiser and moving average of a stage."""
-        self.stage, self.step = stage, 0
-        settings = self.recipe.optimizer
-        if stage == "vae":
-            settings = replace(settings, lr=self.recipe.vae.lr)
+        self.stage, self.step, self.pool = stage, 0, None
+        own = getattr(self.recipe, stage)
+        settings = replace(self.recipe.optimizer, lr=own.lr, muon_lr=own.muon_lr, decay=own.decay)
         self.named = list(self._learning())
         self.updater = Updater(self.named, settings)
         self.average = {name: value.detach().clone() for name, value in self.named}
+        if stage == "decoder":
+            models.blind_to_the_past(self.parts["vae"].decoder, fold=True)
 
     def _learning(self) -> Iterable[tuple[str, nn.Parameter]]:
-        for part in (self.stage, "text") if self.stage == "t2v" else (self.stage,):
-            yield from ((f"{part}.{name}", value) for name, value in self.parts[part].named_parameters())
+        chosen = {"vae": ("vae",), "denoiser": ("denoiser", "text"), "decoder": ("vae",)}[self.stage]
+        for part in chosen:
+            for name, value in self.parts[part].named_parameters():
+                if self.stage != "decoder" or name.startswith(("decoder.", "post_quant_conv.")):
+                    yield f"{part}.{name}", value
 
     def finish_stage(self) -> None:
-        """Puts the averaged weights in place and prepares what the next stage builds on."""
+        """Puts the averaged weights in place, or prepares what the denoiser builds on."""
         with torch.no_grad():
-            if self.stage != "vae":
+            if self.stage == "vae":
+                self._normalise()
+            if self.stage == "denoiser":
                 for name, value in self.named:
                     value.copy_(self.average[name])
-            else:
-                self._normalise()
-            if self.stage == "t2v":
-                self._start_i2v()
         follows = STAGES.index(self.stage) + 1
         if follows < len(STAGES):
             self._begin(STAGES[follows])
@@ -82,83 +86,68 @@ class VideoTrainer:
     def _normalise(self) -> None:
         """Writes mean and deviation of the latents into the VAE's configuration."""
         vae, size = self.parts["vae"], self.recipe.vae.batch
-        clips = [self._clips("vae", -1 - i)[1] for i in range(max(1, min(_LATENT_CLIPS, 64 * size) // size))]
-        latents = torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips])
-        std, mean = torch.std_mean(latents, (0, 2, 3, 4))
+        count = max(1, min(_LATENT_CLIPS, 64 * size) // size)
+        clips = [self._clips("normalise", i, size)[1] for i in range(count)]
+        found = torch.cat([vae.encode(clip).latent_dist.mode() for clip in clips])
+        std, mean = torch.std_mean(found, (0, 2, 3, 4))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-
-    def _start_i2v(self) -> None:
-        """The image-to-video denoiser begins as the trained one that does not look at its guide."""
-        own, other = self.parts["i2v"].state_dict(), self.parts["t2v"].state_dict()
-        for name, value in own.items():
-            if name in other and other[name].shape == value.shape:
-                value.copy_(other[name])
-            elif name == "patch_embedding.weight" and other[name].shape[0] == value.shape[0]:
-                value.zero_()
-                value[:, : other[name].shape[1]].copy_(other[name])
 
     # Data
 
-    def _clips(self, stage: str, step: int) -> tuple[list[Motion], Tensor]:
-        """Motions and clips [B, 3, F, H, W] in [-1, 1] of a step."""
-        size = getattr(self.recipe, stage).batch
-        draws = torch.Generator().manual_seed(hash_of(self.recipe.seed, stage, step))
+    def _clips(self, what: str, step: int, size: int, num_frames: int = 0) -> tuple[list[Motion], Tensor]:
+        """Motions and clips [size, 3, F, H, W] in [-1, 1] of a step, as long as the pipelines' unless told."""
+        draws = self._draws(what, step)
         motions = [draw(int(seed), self.recipe.size) for seed in torch.randint(1 << 62, (size,), generator=draws)]
-        clips = torch.stack([motion.frames(self.recipe.num_frames) for motion in motions])
+        clips = torch.stack([motion.frames(num_frames or self.recipe.num_frames) for motion in motions])
         return motions, clips.transpose(1, 2) * 2 - 1
 
-    def _latents(self, clips: Tensor) -> Tensor:
-        """Normalised latents [B, z, T, h, w], as the pipelines have them."""
-        config = self.parts["vae"].config
-        mean, std = (torch.tensor(getattr(config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
-        with torch.no_grad():
-            latents: Tensor = (self.parts["vae"].encode(clips).latent_dist.mode() - mean) / std
-            return latents
+    def _draws(self, what: str, step: int) -> torch.Generator:
+        """Random numbers of their own for every use, step and process; all processes normalise alike."""
+        rank = 0 if what == "normalise" else self.rank
+        text = f"{self.recipe.seed}/{rank}/{what}/{step}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return torch.Generator().manual_seed(seed)
 
     # Losses
 
     def loss(self) -> tuple[Tensor, dict[str, float]]:
         """The loss of this step's batch, and what to report."""
-        motions, clips = self._clips(self.stage, self.step)
+        size = getattr(self.recipe, self.stage).batch
         if self.stage == "vae":
-            return self._vae_loss(clips)
-        return self._flow_loss(motions, clips)
+            is_long = self.step % 4 == 3
+            count, num_frames = (max(1, size // 2), self.recipe.vae.num_frames) if is_long else (size, _SHORT)
+            return self._vae_loss(self._clips("vae", self.step, count, num_frames)[1])
+        if self.stage == "decoder":
+            return self._vae_loss(self._clips("decoder", self.step, size)[1])
+        if self.pool is None:
+            count = self.recipe.pool // self.recipe.processes
+            self.pool = fill(self.parts["vae"], partial(self._clips, "pool"), count)
+        return self._flow_loss(*self.pool.draw(size, self._draws("denoiser", self.step)))
 
     def _vae_loss(self, clips: Tensor) -> tuple[Tensor, dict[str, float]]:
-        vae = self.parts["vae"]
-        posterior = vae.encode(clips).latent_dist
-        noise = torch.Generator().manual_seed(hash_of(self.recipe.seed, "vae noise", self.step))
-        back = vae.decode(posterior.sample(noise)).sample
-        pixels = (back - clips).abs().mean() + (back - clips).square().mean()
-        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return pixels + self.recipe.vae.kl * divergence, {"pixels": float(pixels.detach())}
+        """Errors of the pixels after noise on the latents, so that a denoiser's small errors do little harm."""
+        vae, share = self.parts["vae"], getattr(self.recipe, self.stage).noise
+        with torch.set_grad_enabled(self.stage == "vae"):
+            latents = vae.encode(clips).latent_dist.mode()
+        noise = torch.randn(latents.shape, generator=self._draws(f"{self.stage} noise", self.step))
+        spread = latents.detach().std((0, 2, 3, 4), keepdim=True)
+        error = vae.decode(latents + share * spread * noise).sample - clips
+        loss = error.square().mean()
+        return loss, {"square": float(loss.detach())}
 
-    def _flow_loss(self, motions: list[Motion], clips: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _flow_loss(self, motions: list[Motion], x0: Tensor, guides: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Flow matching: the velocity noise - x0 at a shifted time (Lipman et al. 2023; Esser et al. 2024)."""
-        sizes, denoiser = getattr(self.recipe, self.stage), self.parts[self.stage]
-        draws = torch.Generator().manual_seed(hash_of(self.recipe.seed, self.stage + " noise", self.step))
-        x0 = self._latents(clips)
+        sizes = self.recipe.denoiser
+        draws = self._draws("denoiser noise", self.step)
         noise = torch.randn(x0.shape, generator=draws)
-        plain = torch.rand(len(x0), generator=draws)
-        sigma = (sizes.shift * plain / (1 + (sizes.shift - 1) * plain)).view(-1, 1, 1, 1, 1)
-        dropped = torch.rand(len(x0), generator=draws) < sizes.drop_prompt
-        captions = ["" if gone else motion.prompt for gone, motion in zip(dropped.tolist(), motions)]
-        with torch.set_grad_enabled(self.stage == "t2v"):
-            text = models.encode_captions(self.parts["tokenizer"], self.parts["text"], captions)
-        x = (1 - sigma) * x0 + sigma * noise
-        if self.stage == "i2v":
-            x = torch.cat([x, self._condition(clips)], 1)
-        velocity = denoiser(x, 1000 * sigma.flatten(), text, return_dict=False)[0]
+        plain, guided, dropped = torch.rand(3, len(x0), generator=draws)
+        sigma = _spread(sizes.shift * plain / (1 + (sizes.shift - 1) * plain))
+        captions = ["" if share < sizes.drop_prompt else m.prompt for share, m in zip(dropped.tolist(), motions)]
+        text = models.encode_captions(self.parts["tokenizer"], self.parts["text"], captions)
+        x = torch.cat([(1 - sigma) * x0 + sigma * noise, guides * _spread(guided < sizes.guided)], 1)
+        velocity = self.parts["denoiser"](x, 1000 * sigma.flatten(), text, return_dict=False)[0]
         loss = (velocity - (noise - x0)).square().mean()
         return loss, {"flow": float(loss.detach())}
-
-    def _condition(self, clips: Tensor) -> Tensor:
-        """Mask and latents of the first frame, as `WanImageToVideoPipeline` makes them: [B, 4 + z, T, h, w]."""
-        guide = torch.cat([clips[:, :, :1], torch.zeros_like(clips[:, :, 1:])], 2)
-        latents = self._latents(guide)
-        mask = torch.zeros(len(latents), models.RATIO, *latents.shape[2:])
-        mask[:, :, 0] = 1
-        return torch.cat([mask, latents], 1)
 
     # Steps
 
@@ -166,10 +155,13 @@ class VideoTrainer:
         """One update; returns the losses and the gradients' norm."""
         loss, report = self.loss()
         loss.backward()
+        average_gradients(self.updater.parameters)
         norm = self.updater.step(self.step, stage_steps(self.recipe, self.stage))
         self.step += 1
-        if self.stage != "vae":
-            decay = min(getattr(self.recipe, self.stage).ema, (1 + self.step) / (10 + self.step))
+        if self.stage == "decoder":
+            models.blind_to_the_past(self.parts["vae"].decoder)
+        if self.stage == "denoiser":
+            decay = min(self.recipe.denoiser.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 for name, value in self.named:
                     self.average[name].lerp_(value, 1 - decay)
@@ -199,9 +191,9 @@ class VideoTrainer:
         self.stage, self.step = state["stage"], state["step"]
 
 
-def hash_of(seed: int, what: str, step: int) -> int:
-    """A seed of its own for every use and step."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{step}".encode()).digest()[:7], "big")
+def _spread(values: Tensor) -> Tensor:
+    """[B] against [B, C, T, h, w]."""
+    return values.view(-1, 1, 1, 1, 1)
 
 
 def run(recipe: Path, overrides: Mapping[str, Any] | None = None, attention: Attention | None = None) -> Path:
@@ -211,15 +203,20 @@ def run(recipe: Path, overrides: Mapping[str, Any] | None = None, attention: Att
         ConfigError: the recipe is unusable.
     """
     loaded = load(recipe, overrides)
-    trainer = VideoTrainer(loaded, attention)
-    state = checkpoint.load_state(loaded.output)
+    launch(_run, loaded.processes, loaded, attention)
+    return loaded.output
+
+
+def _run(rank: int, recipe: VideoRecipe, attention: Attention | None) -> None:
+    trainer = VideoTrainer(recipe, attention, rank)
+    state = checkpoint.load_state(recipe.output)
     if state is not None:
         trainer.load_state_dict(state)
-        _log.info("resumed %s at %s, step %d", loaded.name, trainer.stage or "the end", trainer.step)
+        _log.info("resumed %s at %s, step %d", recipe.name, trainer.stage or "the end", trainer.step)
     while trainer.stage:
         _run_stage(trainer)
-    models.export(loaded, trainer.parts)
-    return loaded.output
+    if rank == 0:
+        models.export(recipe, trainer.parts)
 
 
 def _run_stage(trainer: VideoTrainer) -> None:
@@ -228,11 +225,12 @@ def _run_stage(trainer: VideoTrainer) -> None:
     while trainer.step < steps:
         report = trainer.train_step()
         step = trainer.step
-        if step % recipe.report_every == 0 or step == steps:
+        if trainer.rank == 0 and (step % recipe.report_every == 0 or step == steps):
             speed = (time.monotonic() - begin) / (step - first)
             losses = "  ".join(f"{name} {value:.4f}" for name, value in report.items())
             _log.info("%s %d/%d  %s  %.0f min left", stage, step, steps, losses, (steps - step) * speed / 60)
-        if step % recipe.save_every == 0 and step < steps:
+        if trainer.rank == 0 and step % recipe.save_every == 0 and step < steps:
             checkpoint.save_state(recipe.output, trainer.state_dict())
     trainer.finish_stage()
-    checkpoint.save_state(recipe.output, trainer.state_dict())
+    if trainer.rank == 0:
+        checkpoint.save_state(recipe.output, trainer.state_dict())
