@@ -133,3 +133,16 @@ def test_a_peer_that_is_wrong_is_left_out(monkeypatch):
     peers = {"right": right, "wrong": lambda s, a: lambda: 2 * right(s, a)(), "cannot": lambda s, a: 1 / 0}
     found, missing = usable(peers, shape, arguments, own(shape, arguments, "eager")())
     assert set(found) == {"right"} and "differs by 0.5" in missing["wrong"] and "ZeroDivision" in missing["cannot"]
+
+
+@pytest.mark.skipif(not (ROOT / "kvkeye/assets/tiny-t2v").is_dir(), reason="no bundled video pipelines yet")
+def test_the_quality_table_is_made_of_measured_rows(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    small = ("--prompts", "1", "--seeds", "2", "--times", "2", "--processes", "1")
+    run("quality.py", "--arms", "concat", "videomerge", "chunks", *small, "--json", str(rows))
+    written = {row["arm"]: row for row in map(json.loads, rows.read_text().splitlines())}
+    assert all(row["clips"] == 2 and row["measures"]["presence"][0] > 0 for row in written.values())
+    assert written["videomerge"]["measures"]["passes"][0] > written["concat"]["measures"]["passes"][0] > 1
+    assert set(written["videomerge"]["against"]) == {"concat"} and written["chunks"]["against"] == {}
+    output = run("quality.py", "--table", str(rows))
+    assert "Text to video, 2 times the training length, 2 clips each" in output and "| videomerge - concat |" in output
