@@ -13,6 +13,7 @@ from kvkeye.utils.assets import ASSETS
 PACKAGE = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = "tiny-keye"
 RECIPES = {DEFAULT_MODEL: "sft.toml"}  # what builds each bundled model
+PIPELINES = ("tiny-t2v", "tiny-i2v")  # of video; built by video.toml
 
 
 def resolve_model(name: str | None) -> Path:
@@ -27,6 +28,12 @@ def resolve_model(name: str | None) -> Path:
     if not folder.is_dir():
         raise CommandError(missing(name), MODEL_FILES)
     return folder
+
+
+def resolve_pipeline(name: str) -> Path:
+    """The folder of a video pipeline: a path, or the name of a bundled one."""
+    bundled = name in PIPELINES and not Path(name).is_dir()
+    return ASSETS / name if bundled else Path(name).expanduser()
 
 
 def missing(name: str) -> str:

@@ -1,7 +1,8 @@
 """Draws fresh scenes that no training run has seen and asks the bundled model about them.
 
 For each picture and clip: question, expected answer, answer as it comes, statistics. The pictures are written to a
-folder that is named first; `--seed` repeats a run.
+folder that is named first; `--seed` repeats a run. Where video pipelines are bundled, two long clips follow, one from a
+sentence (VideoMerge) and one from a picture (k-step search), each with a report whose strip shows its frames.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvkeye.cli import exits, options
-from kvkeye.cli.bundled import resolve_model
+from kvkeye.cli.bundled import PIPELINES, resolve_model
 from kvkeye.cli.session import Session, open_session, statistics_line
 from kvkeye.cli.terminal import AnswerPrinter, count
+from kvkeye.utils.assets import ASSETS
 
 if TYPE_CHECKING:
     from kvkeye.cli.drawings import Drawing
@@ -30,7 +32,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="draw the same scenes again (default: a random one)")
     parser.add_argument("--pictures", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
     parser.add_argument("--clips", type=int, default=1, metavar="N", help="clips to draw (default: 1)")
-    parser.add_argument("--out", metavar="FOLDER", help="where the pictures go (default: a new temporary folder)")
+    parser.add_argument(
+        "--video", type=float, default=10.0, metavar="S", help="seconds of each long clip, 0 for none (default: 10)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where everything goes (default: a new temporary folder)")
     parser.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"longest answer (default: {MAX_TOKENS})"
     )
@@ -61,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         f"{count(stats.num_steps, 'step')}, {stats.num_prompt_tokens} prompt tokens of which {stats.num_cached_tokens} "
         f"came from the cache, {stats.num_generated_tokens} answer tokens"
     )
+    if arguments.video > 0 and all((ASSETS / name).is_dir() for name in PIPELINES):
+        from kvkeye.cli.demo_video import long_clips
+
+        return long_clips(seed, arguments.video, folder)
     return exits.OK
 
 

@@ -10,7 +10,6 @@ import argparse
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvkeye.cli import exits, options
@@ -30,7 +29,7 @@ _MARGIN = 64 << 20
 def configure(parser: argparse.ArgumentParser) -> None:
     lines = "; ".join(f"{name}: {method.meaning}" for name, method in METHODS.items())
     parser.add_argument("prompt", metavar="PROMPT", help="what happens")
-    parser.add_argument("--pipeline", required=True, metavar="DIR", help="a pipeline's folder in diffusers' layout")
+    parser.add_argument("--pipeline", required=True, metavar="DIR", help="a pipeline's folder or name")
     parser.add_argument("--image", metavar="FILE", help="the first frame, for image to video")
     parser.add_argument("--method", choices=METHODS, metavar="NAME", help=lines)
     parser.add_argument("--seconds", type=options.positive, default=10.0, metavar="N", help="length (default: 10)")
@@ -77,11 +76,12 @@ _counts.__name__ = "ascending list like 1,2,4"
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from kvkeye.cli.bundled import resolve_pipeline
     from kvkeye.cli.video_plan import plan_job
     from kvkeye.video.folder import load_pipeline, read_folder
     from kvkeye.video.job import run_job
 
-    folder = read_folder(Path(arguments.pipeline).expanduser())
+    folder = read_folder(resolve_pipeline(arguments.pipeline))
     job = plan_job(arguments, folder)
     device, dtype = _machine(arguments)
     _estimate(folder, job, device, dtype)

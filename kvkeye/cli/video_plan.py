@@ -44,9 +44,9 @@ def plan_job(arguments: argparse.Namespace, folder: PipelineFolder) -> VideoJob:
         call["prompt"] = arguments.prompt
     if arguments.negative is not None:
         call["negative_prompt"] = arguments.negative
-    if arguments.guidance is not None:
-        name = "max_guidance_scale" if folder.kind.startswith("StableVideo") else "guidance_scale"
-        call[name] = arguments.guidance
+    guidance = folder.guidance_scale if arguments.guidance is None else arguments.guidance
+    if guidance is not None:
+        call["max_guidance_scale" if folder.kind.startswith("StableVideo") else "guidance_scale"] = guidance
     common = {"num_frames": num_frames, "fps": fps, "seed": arguments.seed, "image": image}
     out = Path(arguments.out).expanduser()
     common |= {"out": out, "work": out.with_name(out.name + ".work"), "title": f"{arguments.prompt}  ({method})"}

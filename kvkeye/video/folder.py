@@ -1,6 +1,7 @@
 """A pipeline's folder in diffusers' layout: what its JSON files say before any weight is read, and its loading.
 
-`video_defaults.json`, which is ours, may name num_frames (of one clip), height, width, fps and num_inference_steps.
+`video_defaults.json`, which is ours, may name num_frames (of one clip), height, width, fps, num_inference_steps and
+guidance_scale.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from typing import Any
 from kvkeye.errors import ConfigError, WeightError
 
 NEEDED = ("Wan 2.1", "Wan 2.2", "HunyuanVideo", "CogVideoX", "LTX", "Stable Video Diffusion")
-_FALLBACK = {"num_frames": 49, "height": 480, "width": 720, "fps": 16.0, "num_inference_steps": 50}
+_FALLBACK: dict[str, Any] = {
+    "num_frames": 49,
+    "height": 480,
+    "width": 720,
+    "fps": 16.0,
+    "num_inference_steps": 50,
+    "guidance_scale": None,
+}
 _BY_CLASS: dict[str, dict[str, Any]] = {
     "WanPipeline": {"num_frames": 81, "width": 832},
     "WanImageToVideoPipeline": {"num_frames": 81, "width": 832},
@@ -29,7 +37,10 @@ _BY_CLASS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """Facts of a folder. `denoiser` has the denoiser's `config` alone, enough for an adapter's limits."""
+    """Facts of a folder. `denoiser` has the denoiser's `config` alone, enough for an adapter's limits.
+
+    `guidance_scale` None: the pipeline's own default.
+    """
 
     path: Path
     kind: str
@@ -43,6 +54,7 @@ class PipelineFolder:
     width: int
     fps: float
     num_inference_steps: int
+    guidance_scale: float | None
 
     def latent_frames(self, num_frames: int) -> int:
         return (num_frames - 1) // self.ratio + 1

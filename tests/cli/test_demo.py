@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 
+import av
 import pytest
 from PIL import Image
 
 from kvkeye.cli import bundled, drawings
 from kvkeye.cli.drawings import draw
 from kvkeye.train.questions import score
+from kvkeye.utils.assets import ASSETS
 
 SEED = 5
-SHORT = ("--max-tokens", "6")
+SHORT = ("--max-tokens", "6", "--video", "0")
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +85,27 @@ def test_nothing_to_draw(call, model, words):
 
 
 @pytest.mark.skipif(
-    not (bundled.ASSETS / bundled.DEFAULT_MODEL).is_dir(), reason="the bundled tiny-keye has not been trained yet"
+    not (ASSETS / bundled.DEFAULT_MODEL).is_dir(), reason="the bundled tiny-keye has not been trained yet"
 )
 def test_bundled_model_answers_most_questions(call, tmp_path):
-    done = call("demo", "--seed", SEED, "--pictures", "6", "--clips", "3", "--out", tmp_path)
+    done = call("demo", "--seed", SEED, "--pictures", "6", "--clips", "3", "--video", "0", "--out", tmp_path)
     assert done.code == 0, done.err
     correct, total = map(int, re.search(r"^correct (\d+)/(\d+)$", done.out, re.MULTILINE).groups())
     assert correct >= 0.7 * total, done.out
+
+
+@pytest.mark.skipif(
+    not all((ASSETS / name).is_dir() for name in bundled.PIPELINES), reason="no bundled video pipelines yet"
+)
+def test_ends_with_a_long_clip_of_each_method(call, model, tmp_path):
+    words = ("--pictures", "1", "--clips", "0", "--max-tokens", "6", "--video", "4", "--out", tmp_path, "--seed", SEED)
+    done = call("demo", model, *words)
+    assert done.code == 0, done.err
+    for method in ("videomerge", "kstep"):
+        clip, report = tmp_path / f"{method}.mp4", tmp_path / method / "report.png"
+        assert f"{clip}\n" in done.out and f"{report}\n" in done.out and report.stat().st_size > 10_000
+        with av.open(str(clip)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(frames) == 33 and (frames[0] != frames[-1]).any()
+    prompt = re.search(r'^  "(a .* moves .*)"$', done.out, re.MULTILINE).group(1)
+    assert done.out.count(f'"{prompt}"') == 2, "both methods show the same motion"
