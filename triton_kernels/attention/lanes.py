@@ -50,6 +50,22 @@ def attention_refuses(q: Tensor, num_sequences: int, softmax_scale: float) -> It
 
 
 @triton.jit
+def find_tile(tile, cu_seqlens_ptr, num_sequences, num_steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(sequence, index in the sequence) of a tile of rows.
+
+    Tiles of sequence b begin at floor(cu_seqlens[b] GROUP / BLOCK_M) + b, which leaves room for its last, partly
+    filled tile; so the grid follows from the shapes alone and the sequence is found by bisection.
+    """
+    low, high = tile * 0, tile * 0 + num_sequences - 1
+    for _ in range(num_steps):
+        middle = (low + high + 1) // 2
+        is_after = tl.load(cu_seqlens_ptr + middle) * GROUP // BLOCK_M + middle > tile
+        high = tl.where(is_after, middle - 1, high)
+        low = tl.where(is_after, low, middle)
+    return low, tile - (tl.load(cu_seqlens_ptr + low) * GROUP // BLOCK_M + low)
+
+
+@triton.jit
 def load_rows(base_ptr, offsets, mask, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Rows of D elements at `offsets` [R] as tiles [R, D0] and [R, D1]; without a tail the head is given twice."""
     lanes = tl.arange(0, D0)[None, :]

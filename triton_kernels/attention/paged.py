@@ -23,6 +23,7 @@ from .lanes import (
     LOG2_E,
     accumulate,
     attention_refuses,
+    find_tile,
     inner_product,
     lane_constants,
     load_rows,
@@ -38,29 +39,12 @@ _MAX_PARTIAL_ROWS = 1 << 18
 
 
 @triton.jit
-def _find_tile(cu_seqlens_ptr, num_sequences, num_steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(sequence, index of its tile) of this program.
-
-    Tiles of sequence b begin at floor(cu_seqlens[b] GROUP / BLOCK_M) + b, which leaves room for its last, partly
-    filled tile; so the grid follows from the shapes alone and the sequence is found by bisection.
-    """
-    tile = tl.program_id(0)
-    low, high = tile * 0, tile * 0 + num_sequences - 1
-    for _ in range(num_steps):
-        middle = (low + high + 1) // 2
-        is_after = tl.load(cu_seqlens_ptr + middle) * GROUP // BLOCK_M + middle > tile
-        high = tl.where(is_after, middle - 1, high)
-        low = tl.where(is_after, low, middle)
-    return low, tile - (tl.load(cu_seqlens_ptr + low) * GROUP // BLOCK_M + low)
-
-
-@triton.jit
 def _rows_of_tile(
     cu_seqlens_ptr, context_lens_ptr, num_sequences, num_steps,
     HAS_TREE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """(sequence, first token, row index in the sequence [M], mask [M], old tokens, end of the positions seen)."""
-    sequence, tile = _find_tile(cu_seqlens_ptr, num_sequences, num_steps, GROUP, BLOCK_M)
+    sequence, tile = find_tile(tl.program_id(0), cu_seqlens_ptr, num_sequences, num_steps, GROUP, BLOCK_M)
     begin = tl.load(cu_seqlens_ptr + sequence)
     num_rows = tl.load(cu_seqlens_ptr + sequence + 1) - begin
     context = tl.load(context_lens_ptr + sequence)

@@ -16,6 +16,7 @@ from .lanes import (
     LOG2_E,
     accumulate,
     attention_refuses,
+    find_tile,
     inner_product,
     lane_constants,
     load_rows,
@@ -54,16 +55,18 @@ def _visit_tiles(
 
 @triton.jit
 def _varlen_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_ptr, stride_q, stride_k, stride_v, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_ptr, num_sequences, num_steps, stride_q, stride_k, stride_v, scale,
     STRIDE_Q_HEAD: tl.constexpr, STRIDE_K_HEAD: tl.constexpr, STRIDE_V_HEAD: tl.constexpr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head, num_heads = tl.program_id(1), tl.num_programs(1)
-    begin = tl.load(cu_seqlens_ptr + tl.program_id(2))
-    length = tl.load(cu_seqlens_ptr + tl.program_id(2) + 1) - begin
     # Last tile first: under a causal mask it has the most to do.
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, index = find_tile(tile, cu_seqlens_ptr, num_sequences, num_steps, 1, BLOCK_M)
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - begin
+    first_row = index * BLOCK_M
     if first_row >= length:
         return
     begin = begin.to(tl.int64)
@@ -105,9 +108,11 @@ def varlen_attention(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     tile = tile_for("varlen_attention_fwd", q, q.shape[2])
-    grid = (triton.cdiv(max_seqlen, tile["BLOCK_M"]), q.shape[1], cu_seqlens.shape[0] - 1)
+    num_sequences = cu_seqlens.shape[0] - 1
+    grid = (q.shape[0] // tile["BLOCK_M"] + num_sequences if q.shape[0] else 0, q.shape[1])
     launch(
-        _varlen_attention_fwd_kernel, grid, q, k, v, o, lse, cu_seqlens.contiguous(),
+        _varlen_attention_fwd_kernel, grid, q, k, v, o, lse, cu_seqlens.contiguous(), num_sequences,
+        num_sequences.bit_length(),
         q.stride(0), k.stride(0), v.stride(0), softmax_scale * LOG2_E,
         # Constants, because the compiler infers no alignment for an argument such as 72 and would load elements singly.
         STRIDE_Q_HEAD=q.stride(1), STRIDE_K_HEAD=k.stride(1), STRIDE_V_HEAD=v.stride(1),
