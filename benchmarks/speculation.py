@@ -231,7 +231,7 @@ class TextAlone:
         self.prompts = [tiny.base.prepare(_repeating.messages(item, with_picture=False)) for item in items]
         self.config = EngineConfig(
             TINY, dtype="float32", max_model_len=1024, num_blocks=64, enable_prefix_cache=False,
-            speculation={"method": "ngram", "num_speculative_tokens": NUM_PROPOSALS},
+            speculation={"method": "ngram", "num_speculative_tokens": NUM_PROPOSALS, "adaptive": False},
         )  # fmt: skip
         self.ours = Engine.from_config(self.config)
         text = self.ours.runner.model.config.text

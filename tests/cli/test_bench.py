@@ -7,6 +7,8 @@ import json
 import pytest
 from PIL import Image
 
+from tests.engine.test_bits_bundled import pytestmark as bundled
+
 WORDS = ["--output-tokens", "12", "--rounds", "2"]
 
 
@@ -37,6 +39,15 @@ def test_text_and_one_side(call, model):
     done = call("bench", "latency", model, "--question", "la la la la la la la", "--sides", "speculative", *WORDS)
     assert done.code == 0
     assert "12 tokens), 2 rounds" in done.out and "ms per token" in done.out and "plain" not in done.out
+
+
+@bundled
+def test_a_draft_head(call, model, picture):
+    words = ["--image", picture, "--question", "Describe the picture.", "--draft-head", "tiny-keye-eagle3", *WORDS]
+    done = call("bench", "latency", *words)
+    assert done.code == 0 and "tokens per step" in done.out and "proposals accepted (by position" in done.out
+    done = call("bench", "latency", model, *words)
+    assert done.code == 4 and "tiny-keye-eagle3" in done.err
 
 
 def test_refusals(call, model, tmp_path):
