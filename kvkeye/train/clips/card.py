@@ -33,7 +33,7 @@ The shape wraps around the frame. Clips have {num_frames} frames of {width} x {h
 
 `kvkeye train video.toml`, on two CPU cores, from nothing: an `AutoencoderKLWan` (4 times smaller in both sides, 2 times
 in time); a transformer ({layers} layers of width {size}) with its text encoder by flow matching, for which two in five
-clips came with their first frame; the VAE's decoder once more, blind to earlier latents. tiny-i2v is this transformer,
+clips came with their first frame; the VAE's decoder once more, on long clips. tiny-i2v is this transformer,
 tiny-t2v the same without its channels for a guide. Self-attention went through `ops.tile_attention` and its backward.
 The transformer's weights are moving averages. Numbers of steps were set while it ran, before they had an effect.
 
@@ -51,8 +51,8 @@ row is the limit that the VAE sets.
 
 ## Limits
 
-One shape on one background, {num_frames} frames; the VAE's encoder keeps colours for 17 frames, its decoder for any
-number. Every combination of words is in training: the scores say nothing about new ones.
+One shape on one background, {num_frames} frames; the VAE's encoder keeps colours for 17 frames.
+Every combination of words is in training: the scores say nothing about new ones.
 """
 
 

@@ -50,6 +50,14 @@ def encode(vae: Any, clips: Tensor) -> Tensor:
     return latents
 
 
+def encode_windows(vae: Any, clips: Tensor, window: int) -> Tensor:
+    """Raw latents [B, z, T, h, w] of long clips, each from a window of `window` frames; windows share one frame."""
+    with torch.no_grad():
+        starts = range(0, clips.shape[2] - 1, window - 1)
+        parts = [vae.encode(clips[:, :, start : start + window]).latent_dist.mode() for start in starts]
+    return torch.cat([parts[0], *(part[:, :, 1:] for part in parts[1:])], 2)
+
+
 def guide_clips(clips: Tensor) -> Tensor:
     """The first frame, then mid grey, as `WanImageToVideoPipeline` encodes a guide."""
     return torch.cat([clips[:, :, :1], torch.zeros_like(clips[:, :, 1:])], 2)

@@ -44,16 +44,6 @@ def build_vae(recipe: VideoRecipe) -> Any:
     )
 
 
-@torch.no_grad()
-def blind_to_the_past(decoder: nn.Module, fold: bool = False) -> None:
-    """Clears a causal decoder's filter taps on earlier frames; with `fold` their sum stays as the present one's."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
-            if fold:
-                module.weight[:, :, -1] = module.weight.sum(2)
-            module.weight[:, :, :-1] = 0
-
-
 def build_text(recipe: VideoRecipe) -> tuple[Any, Any]:
     """A tokenizer of the captions' words and a small encoder, which learns with the denoiser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers

@@ -35,7 +35,7 @@ class Denoiser:
     """A Wan transformer's sizes and training. A `guided` share of the clips comes with its first frame, as in image to
     video; the others are text to video."""
 
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 3e-3
@@ -52,16 +52,18 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The VAE's decoder once more, blind to earlier latents: seeing them, its colours drifted in clips longer than
-    those of training. Filters begin as the sums of their taps over time.
+    """The VAE's decoder once more, on clips of `num_frames`, which reach beyond all that it saw before.
+
+    Its latents come from windows as long as the denoiser's clips, as those of long clips do.
     """
 
-    steps: int = 300
-    batch: int = 8
-    noise: float = 0.2
-    lr: float = 2e-3
-    muon_lr: float = 4e-3
-    decay: int = 250
+    steps: int = 600
+    batch: int = 1
+    num_frames: int = 65
+    noise: float = 0.05
+    lr: float = 5e-4
+    muon_lr: float = 0.0
+    decay: int = 450
 
 
 @dataclass(frozen=True)

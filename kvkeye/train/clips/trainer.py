@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvkeye.train import checkpoint
 from kvkeye.train.clips import models
-from kvkeye.train.clips.latents import Pool, fill
+from kvkeye.train.clips.latents import Pool, encode_windows, fill
 from kvkeye.train.clips.motion import Motion, draw
 from kvkeye.train.clips.recipe import STAGES, VideoRecipe, load, stage_steps
 from kvkeye.train.optimizer import Updater
@@ -59,8 +59,6 @@ class VideoTrainer:
         self.named = list(self._learning())
         self.updater = Updater(self.named, settings)
         self.average = {name: value.detach().clone() for name, value in self.named}
-        if stage == "decoder":
-            models.blind_to_the_past(self.parts["vae"].decoder, fold=True)
 
     def _learning(self) -> Iterable[tuple[str, nn.Parameter]]:
         chosen = {"vae": ("vae",), "denoiser": ("denoiser", "text"), "decoder": ("vae",)}[self.stage]
@@ -116,19 +114,19 @@ class VideoTrainer:
         if self.stage == "vae":
             is_long = self.step % 4 == 3
             count, num_frames = (max(1, size // 2), self.recipe.vae.num_frames) if is_long else (size, _SHORT)
-            return self._vae_loss(self._clips("vae", self.step, count, num_frames)[1])
+            clips = self._clips("vae", self.step, count, num_frames)[1]
+            return self._vae_loss(clips, self.parts["vae"].encode(clips).latent_dist.mode())
         if self.stage == "decoder":
-            return self._vae_loss(self._clips("decoder", self.step, size)[1])
+            clips = self._clips("decoder", self.step, size, self.recipe.decoder.num_frames)[1]
+            return self._vae_loss(clips, encode_windows(self.parts["vae"], clips, self.recipe.num_frames))
         if self.pool is None:
             count = self.recipe.pool // self.recipe.processes
             self.pool = fill(self.parts["vae"], partial(self._clips, "pool"), count)
         return self._flow_loss(*self.pool.draw(size, self._draws("denoiser", self.step)))
 
-    def _vae_loss(self, clips: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _vae_loss(self, clips: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Errors of the pixels after noise on the latents, so that a denoiser's small errors do little harm."""
         vae, share = self.parts["vae"], getattr(self.recipe, self.stage).noise
-        with torch.set_grad_enabled(self.stage == "vae"):
-            latents = vae.encode(clips).latent_dist.mode()
         noise = torch.randn(latents.shape, generator=self._draws(f"{self.stage} noise", self.step))
         spread = latents.detach().std((0, 2, 3, 4), keepdim=True)
         error = vae.decode(latents + share * spread * noise).sample - clips
@@ -158,8 +156,6 @@ class VideoTrainer:
         average_gradients(self.updater.parameters)
         norm = self.updater.step(self.step, stage_steps(self.recipe, self.stage))
         self.step += 1
-        if self.stage == "decoder":
-            models.blind_to_the_past(self.parts["vae"].decoder)
         if self.stage == "denoiser":
             decay = min(self.recipe.denoiser.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
