@@ -104,7 +104,8 @@ class Op:
     chosen: dict[Any, Implementation] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        settled = _policy.settled.get()
+        # torch.compile can't trace a context variable.
+        settled = None if torch.compiler.is_compiling() else _policy.settled.get()
         if settled is None:
             return self.overload(*args)
         if (kernel := settled.get(self.name)) is None:

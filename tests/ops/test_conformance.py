@@ -287,6 +287,8 @@ def test_writes_stay_inside(op: Op, implementation: str) -> None:
     """Memory before and after a mutated argument is untouched."""
     available(op, implementation)
     for case in good(op.name, Sample(torch.float32)):
+        if not accepts(op, implementation, case.args):
+            continue
         args, guards = list(copied(case.args)), []
         for name in op.mutates:
             place = op.parameters.index(name)

@@ -96,7 +96,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
 
 def tree_call(
     sample: Sample, counts: list[int], contexts: list[int], depth: int, width: int, low: float, heads: int = 2,
-    hidden: int = 64, vocabulary: int = 40,
+    hidden: int = 64, vocabulary: int = 40, packed: bool = True,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Arguments of draft_tree. The output weights are large: no two tokens are nearly as likely as each other."""
     dim, kv_heads, block_size, wide = 64, 1, 16, 96
@@ -111,7 +111,7 @@ def tree_call(
     for name, shape in shapes.items():
         scale = 1.0 if len(shape) == 1 else shape[-1] ** -0.5 * (4.0 if name == "head" else 1.0)
         weight = sample(*shape, scale=scale)
-        if len(shape) == 2:
+        if packed and len(shape) == 2:
             weight = ops.pack_weight(weight, 2 if name == "gate_up" else 1, ops.values_per_word(sample.dtype))
         weights.append(weight)
     rows, blocks = sum(counts), len(contexts) * room
@@ -133,6 +133,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Case("tree", tree_call(sample, [2], [20], 4, 3, 0.0))
     yield Case("trees", tree_call(sample, [1, 4], [5, 33], 3, 2, 0.0))
     yield Case("likely_ones", tree_call(sample, [2, 1, 1], [9, 17, 25], 6, 2, 0.2))
+    yield Case("plain_weights", tree_call(sample, [2], [20], 3, 2, 0.0, packed=False), must_accept=())
     yield Case("none_likely", tree_call(sample, [1], [12], 3, 2, 1.1))
     broken = tree_call(sample, [1, 1], [12, 5], 3, 2, 0.0)
     broken[3][-1].view(-1)[3] = float("nan")
@@ -140,4 +141,6 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     good = tree_call(sample, [1], [12], 3, 2, 0.0)
     yield Bad("weights", (*good[:3], good[3][:-1], *good[4:]), "weights are 11; expected 12")
     yield Bad("too_many_nodes", (*good[:15], 8, 8, 0.0), "depth is 8, width 8")
+    yield Bad("features", (good[0][:, 1:], *good[1:]), "features is")
+    yield Bad("positions", (*good[:9], good[9].to(torch.int32), *good[10:]), "positions is torch.int32")
     yield Bad("no_vocabulary", (*good[:2], good[2][:0], *good[3:]), "vocabulary is (0, 64); expected [Vd, H]")
