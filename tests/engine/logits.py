@@ -41,9 +41,12 @@ def logits_of(served, prompts, rounds=1, interrupt=None):
 
 
 def preempt_often(served, count):
-    """Takes blocks from some row every few steps, and some content from the cache."""
+    """Takes blocks from some row every few steps, and some content from the cache.
+
+    Not for ever: without a prefix cache a long prompt in small chunks would never come to its end.
+    """
     running = served.scheduler.running
-    if running and count % 5 == 3:
+    if running and count % 5 == 3 and count < 300:
         served.scheduler.preempt(running[count % len(running)])
         served.scheduler.blocks.pool.evict(count % 3)
 
