@@ -135,7 +135,7 @@ def varlen(shape: Shape, arguments: tuple[Any, ...]) -> Call:
     from torch.nn.attention.varlen import varlen_attn
 
     if shape.paged:
-        raise NotImplementedError("no pages of 32 tokens")
+        raise ValueError(f"varlen_attn reads packed keys, not pages of {PAGE} tokens")
     q, k, v, bounds, longest, causal, scale = arguments
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {}

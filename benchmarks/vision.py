@@ -55,11 +55,10 @@ def main() -> None:
     print(f"{about}\n{limits}")
     for name in given.rows:
         row = cut(ROWS[name](given.quick), given.peers, given.quick)
-        if given.profile:
-            with torch.inference_mode():
-                print_profile(row.name, row.ours, limits)
-            continue
         with torch.inference_mode():
+            if given.profile:
+                print_profile(row.name, row.ours, limits)
+                continue
             result = compare(row, 0.05 if given.quick else given.seconds)
         show(result, limits)
         append(given.json, about | limits.row() | record(result, limits))

@@ -1,7 +1,7 @@
 // Checking proposed tokens on the GPU: tensors to Params to the launcher. Reads no tensor value on the host.
 #include "cuda_launch.h"
 #include "kvkeye/speculative_cuda.h"
-#include "sampling_settings.h"
+#include "speculative.h"
 
 namespace kvkeye {
 namespace {
@@ -20,25 +20,17 @@ verify_draft(const Tensor& logits, const Tensor& draft_tokens, const Tensor& tre
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   require(vocabulary > 0 && vocabulary <= kCudaMostTokens, kOp, ": logits has shape ", shape_text(logits),
           "; the GPU kernel takes from 1 to ", kCudaMostTokens, " columns.");
-  Argument{kOp, "cu_rows", cu_rows}.has_dim(1, "[B + 1]");
-  const int64_t trees = cu_rows.size(0) - 1;
+  const Proposals proposed(kOp, draft_tokens, tree_parents, cu_rows, draft_probs, rows, vocabulary);
+  const int64_t trees = proposed.trees;
   require(trees > 0 || (trees == 0 && rows == 0), kOp, ": cu_rows has shape ", shape_text(cu_rows), " for ",
           rows, " rows of logits; expected [B + 1], the bounds of B trees.");
   const Launch launch(logits);
   const Rows table = as_rows(logits_argument);
-  const Tensor proposed = setting(kOp, "draft_tokens", draft_tokens, rows, ScalarType::Long);
-  const Tensor parents = setting(kOp, "tree_parents", tree_parents, rows, ScalarType::Int);
-  const Tensor bounds = setting(kOp, "cu_rows", cu_rows, trees + 1, ScalarType::Int);
-  if (draft_probs.has_value()) {
-    Argument{kOp, "draft_probs", *draft_probs}.has_shape({rows, vocabulary});
-    Argument{kOp, "draft_probs", *draft_probs}.has_dtype(ScalarType::Float);
-  }
   const Settings settings(kOp, trees, temperature, top_k, top_p, min_p, repetition, presence, frequency,
                           history, cu_history, num_prompt, seeds, positions, sample_index);
   const Tensor bits = mask.has_value() ? allowed(kOp, *mask, rows, vocabulary) : settings.history;
-  const Tensor shares = draft_probs.has_value() ? dense(*draft_probs) : logits;
-  const Tensor tokens = empty(proposed, {rows}), from = empty(proposed, {rows}),
-               counts = empty(proposed, {trees});
+  const Tensor tokens = empty(proposed.tokens, {rows}), from = empty(proposed.tokens, {rows}),
+               counts = empty(proposed.tokens, {trees});
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
     VerifyDraftCudaParams<T> params{};
@@ -50,10 +42,7 @@ verify_draft(const Tensor& logits, const Tensor& draft_tokens, const Tensor& tre
     params.sample.logits_stride = table.stride;
     params.sample.history_size = settings.history.numel();
     params.sample.vocabulary = (int32_t)vocabulary;
-    params.draft_tokens = read<int64_t>(proposed);
-    params.tree_parents = read<int32_t>(parents);
-    params.cu_rows = read<int32_t>(bounds);
-    params.draft_probs = draft_probs.has_value() ? read<float>(shares) : nullptr;
+    proposed.fill(params);
     params.rows = write<int64_t>(from);
     params.counts = write<int64_t>(counts);
     params.trees = trees;

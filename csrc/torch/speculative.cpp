@@ -1,6 +1,7 @@
 // Checking proposed tokens against the model: tensors to Params to kernels.
 #include "kvkeye/speculative.h"
 #include "sampling.h"
+#include "speculative.h"
 
 namespace kvkeye {
 namespace {
@@ -45,25 +46,16 @@ verify_draft(const Tensor& logits, const Tensor& draft_tokens, const Tensor& tre
   logits_argument.has_dim(2, "[R, V]");
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   require(vocabulary > 0, kOp, ": logits has shape ", shape_text(logits), "; expected at least one column.");
-  Argument{kOp, "cu_rows", cu_rows}.has_dim(1, "[B + 1]");
-  const int64_t trees = cu_rows.size(0) - 1;
-  require(trees >= 0, kOp, ": cu_rows is empty; expected [B + 1].");
   const Rows table = as_rows(logits_argument);
-  const Tensor proposed = setting(kOp, "draft_tokens", draft_tokens, rows, ScalarType::Long);
-  const Tensor parents = setting(kOp, "tree_parents", tree_parents, rows, ScalarType::Int);
-  const Tensor bounds = setting(kOp, "cu_rows", cu_rows, trees + 1, ScalarType::Int);
-  check_trees(proposed, parents, bounds, rows, vocabulary);
-  if (draft_probs.has_value()) {
-    Argument{kOp, "draft_probs", *draft_probs}.has_shape({rows, vocabulary});
-    Argument{kOp, "draft_probs", *draft_probs}.has_dtype(ScalarType::Float);
-  }
+  const Proposals proposed(kOp, draft_tokens, tree_parents, cu_rows, draft_probs, rows, vocabulary);
+  const int64_t trees = proposed.trees;
+  check_trees(proposed.tokens, proposed.parents, proposed.bounds, rows, vocabulary);
   const Settings settings(kOp, trees, temperature, top_k, top_p, min_p, repetition, presence, frequency,
                           history, cu_history, num_prompt, seeds, positions, sample_index);
   check_history(kOp, settings, vocabulary);
   const Tensor bits = mask.has_value() ? allowed(kOp, *mask, rows, vocabulary) : settings.history;
-  const Tensor shares = draft_probs.has_value() ? dense(*draft_probs) : logits;
-  const Tensor tokens = empty(proposed, {rows}), from = empty(proposed, {rows}),
-               counts = empty(proposed, {trees});
+  const Tensor tokens = empty(proposed.tokens, {rows}), from = empty(proposed.tokens, {rows}),
+               counts = empty(proposed.tokens, {trees});
   const int64_t longest = longest_history(settings) + kTreeRows;
   with_type(logits_argument, [&](auto type) {
     using T = decltype(type);
@@ -73,10 +65,7 @@ verify_draft(const Tensor& logits, const Tensor& draft_tokens, const Tensor& tre
     params.sample.mask = mask.has_value() ? read<int32_t>(bits) : nullptr;
     params.logits = read<T>(table.tensor);
     params.logits_stride = table.stride;
-    params.draft_tokens = read<int64_t>(proposed);
-    params.tree_parents = read<int32_t>(parents);
-    params.cu_rows = read<int32_t>(bounds);
-    params.draft_probs = draft_probs.has_value() ? read<float>(shares) : nullptr;
+    proposed.fill(params);
     params.tokens = write<int64_t>(tokens);
     params.rows = write<int64_t>(from);
     params.counts = write<int64_t>(counts);

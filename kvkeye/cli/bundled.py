@@ -30,12 +30,6 @@ def resolve_model(name: str | None) -> Path:
     return folder
 
 
-def resolve_pipeline(name: str) -> Path:
-    """The folder of a video pipeline: a path, or the name of a bundled one."""
-    bundled = name in PIPELINES and not Path(name).is_dir()
-    return ASSETS / name if bundled else Path(name).expanduser()
-
-
 def missing(name: str) -> str:
     """What to do about a bundled model that is not there."""
     return (

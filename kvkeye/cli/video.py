@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvkeye.cli import exits, options
 from kvkeye.engine.config import DTYPES
+from kvkeye.utils.assets import folder_of
 from kvkeye.video.config import SCHEDULES, SEARCHES, WINDOWS
 from kvkeye.video.methods import METHODS
 
@@ -76,12 +77,11 @@ _counts.__name__ = "ascending list like 1,2,4"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from kvkeye.cli.bundled import resolve_pipeline
     from kvkeye.cli.video_plan import plan_job
     from kvkeye.video.folder import load_pipeline, read_folder
     from kvkeye.video.job import run_job
 
-    folder = read_folder(resolve_pipeline(arguments.pipeline))
+    folder = read_folder(folder_of(arguments.pipeline))
     job = plan_job(arguments, folder)
     device, dtype = _machine(arguments)
     _estimate(folder, job, device, dtype)
