@@ -42,6 +42,8 @@ def plan_job(arguments: argparse.Namespace, folder: PipelineFolder) -> VideoJob:
     }
     if folder.kind != "StableVideoDiffusionPipeline":
         call["prompt"] = arguments.prompt
+    if folder.max_sequence_length is not None:
+        call["max_sequence_length"] = folder.max_sequence_length
     if arguments.negative is not None:
         call["negative_prompt"] = arguments.negative
     guidance = folder.guidance_scale if arguments.guidance is None else arguments.guidance

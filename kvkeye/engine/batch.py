@@ -264,8 +264,9 @@ def _logit_rows(row: Row, end: int) -> range:
 def _tree_mask(rows: list[Row]) -> Tensor | None:
     if not any(row.is_branched for row in rows):
         return None
-    masks = [mask for row in rows for mask in branch_masks(row.parents or range(-1, len(row.tokens) - 1))]
-    return _ints(masks)
+    # What comes before a tree is a branch that leads to it.
+    trees = [[*range(-1, row.root - 1), *(row.root + parent for parent in row.parents)] for row in rows]
+    return _ints([mask for tree in trees for mask in branch_masks(tree)])
 
 
 def _positions(rows: list[Row], sequences: list[Sequence]) -> Tensor:
@@ -279,21 +280,18 @@ def _positions(rows: list[Row], sequences: list[Sequence]) -> Tensor:
 
     for row, seq in zip(rows, sequences):
         prompt: Prompt = seq.request.payload
-        end = row.start + len(row.tokens)
-        if row.parents:
-            first = row.start + prompt.position_delta
-            generated += [first + depth for depth in depths_of(row.parents)]
-            continue
+        end = row.start + row.num_known
         if row.start < seq.num_prompt:
             flush()
             parts.append(prompt.positions[:, row.start : min(end, seq.num_prompt)])
         generated += range(max(row.start, seq.num_prompt) + prompt.position_delta, end + prompt.position_delta)
+        generated += [end - 1 + depth + prompt.position_delta for depth in depths_of(row.parents)[1:]]
     flush()
     return torch.cat(parts, dim=1)
 
 
-def _slots(row: Row, block_size: int) -> Iterator[int]:
-    for position in range(row.start, row.start + len(row.tokens)):
+def _slots(row: Row, block_size: int, first: int = 0) -> Iterator[int]:
+    for position in range(row.start + first, row.start + len(row.tokens)):
         yield row.block_table[position // block_size] * block_size + position % block_size
 
 
@@ -338,14 +336,14 @@ def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int) -
     bounds = list(accumulate((len(row.parents) for row, _ in trees), initial=0))
     return VerifyBatch(
         rows=_ints(logit_rows),
-        draft_tokens=_ints([token for row, _ in trees for token in row.tokens]),
+        draft_tokens=_ints([token for row, _ in trees for token in row.tokens[row.root :]]),
         tree_parents=_ints([parent for row, _ in trees for parent in row.parents], torch.int32),
         cu_rows=_ints(bounds, torch.int32),
-        settings=_settings([_Draw(seq, row.start + 1, seq.index) for row, seq in trees]),
+        settings=_settings([_Draw(seq, row.start + row.root + 1, seq.index) for row, seq in trees]),
         bounds=bounds,
-        slots=[slot for row, _ in trees for slot in _slots(row, block_size)],
+        slots=[slot for row, _ in trees for slot in _slots(row, block_size, row.root)],
         seq_ids=[row.seq_id for row, _ in trees],
-        starts=[row.start for row, _ in trees],
+        starts=[row.start + row.root for row, _ in trees],
         num_logprobs=[seq.request.sampling.logprobs for _, seq in trees],
     )
 

@@ -138,7 +138,8 @@ class HeadDrafter:
 
     def _is_ready(self, seq: Sequence) -> bool:
         row = self._rows.get(seq.seq_id)
-        return row is not None and row.end == seq.num_computed
+        is_decoding = seq.num_remaining == 1 and seq.num_generated > 0
+        return is_decoding and row is not None and row.end == seq.num_computed
 
     def _trees(self, sequences: list[Sequence], limits: list[int]) -> dict[int, Draft]:
         rows = [self._rows[seq.seq_id] for seq in sequences]

@@ -43,11 +43,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class SpeculationMetrics:
-    """What proposals were worth, over decoding steps.
+    """What proposals were worth, over decoding steps and passes of prompts that checked proposals.
 
     acceptance_by_position  share of the drafts that got there whose next proposal was drawn
     tokens_per_step         tokens of one answer per step, 1 without speculation
-    saved_ms                estimate: steps of one token, by the engine's own step times, less the steps there were
+    saved_ms                estimate: steps of one token, by the engine's own step times, less the decoding steps
     """
 
     num_decode_steps: int = 0

@@ -38,7 +38,7 @@ class Limits:
 
 
 class Drafts(Protocol):
-    """What proposes tokens for decoding rows, within `budget` tokens for all of them."""
+    """What proposes tokens for rows that get their next token, within `budget` tokens for all of them."""
 
     def propose(self, sequences: SequenceOf[Sequence], budget: int) -> dict[int, Draft]: ...
     def forget(self, sequence: Sequence) -> None: ...
@@ -187,15 +187,24 @@ class Scheduler:
         if able:
             plan.drafts = self.drafts.propose(able, spare)
 
-    def _draft(self, seq: Sequence, plan: Plan) -> Draft | None:
-        """The row's proposals as far as tokens and blocks go round; they take nothing that another row needs."""
-        draft = plan.drafts.get(seq.seq_id)
+    def _draft(self, seq: Sequence, num_tokens: int, plan: Plan) -> Draft | None:
+        """The row's proposals as far as tokens and blocks go round; they take nothing that a decoding row needs."""
+        spare = min(plan.budget - num_tokens - plan.num_due, MAX_TREE_ROWS - 1)
+        draft = plan.drafts.get(seq.seq_id) or self._draft_after_chunk(seq, num_tokens, spare)
         if draft is None:
             return None
-        spare = min(plan.budget - 1 - plan.num_due, MAX_TREE_ROWS - 1)
         draft = draft.trimmed(spare, seq.max_draft_depth)
-        needed = self.blocks.num_new_blocks(seq, 1 + len(draft)) + plan.num_due
+        needed = self.blocks.num_new_blocks(seq, num_tokens + len(draft)) + plan.num_due
         return draft if len(draft) and needed <= self.blocks.pool.num_available else None
+
+    def _draft_after_chunk(self, seq: Sequence, num_tokens: int, budget: int) -> Draft | None:
+        """Proposals after a prompt's last chunk, or that of what is recomputed."""
+        is_asked = seq.num_remaining == 1 and seq.num_generated > 0
+        if self.drafts is None or is_asked or num_tokens < seq.num_remaining or budget <= 0:
+            return None
+        if seq.width > 1 or seq.max_draft_depth <= 0:
+            return None
+        return self.drafts.propose([seq], budget).get(seq.seq_id)
 
     def _chunk(self, seq: Sequence, budget: int) -> int:
         chunk = self.limits.max_prefill_chunk or budget
@@ -237,7 +246,7 @@ class Scheduler:
             if seq is self.running[-1]:
                 self.preempt(seq)
             return
-        draft = self._draft(seq, plan)
+        draft = self._draft(seq, num_tokens, plan)
         num_drafted = len(draft) if draft is not None else 0
         plan.add(seq, num_tokens, draft, self.blocks.reserve(seq, num_tokens + num_drafted))
 
@@ -306,7 +315,7 @@ class Scheduler:
                 continue
             tokens = sampled[row.seq_id] if row.num_samples else []
             if row.parents:
-                self._extend(seq, tokens)
+                self._extend(seq, row.root, tokens)
                 changed.append(seq)
                 continue
             if ERROR_TOKEN in tokens:
@@ -342,9 +351,9 @@ class Scheduler:
         if reason is not None:
             self.end(seq, reason)
 
-    def _extend(self, seq: Sequence, tokens: SequenceOf[int]) -> None:
-        """Appends what was accepted and the token drawn after it, as far as the row goes."""
-        reason, num_passed = None, 0
+    def _extend(self, seq: Sequence, root: int, tokens: SequenceOf[int]) -> None:
+        """Appends what was accepted and the token drawn after it, as far as the row goes; `root` came before."""
+        reason, num_passed = None, root
         for token in tokens:
             num_passed += 1
             if token != ERROR_TOKEN:
@@ -354,6 +363,7 @@ class Scheduler:
                 break
         self.blocks.commit(seq, num_passed)  # all of their predecessors are computed
         self.blocks.trim(seq)
+        self._release_passed(seq)
         if reason is not None:
             self.end(seq, reason)
 

@@ -19,13 +19,13 @@ from kvkeye.errors import ConfigError
 class Tally:
     """Counts of one request or one engine."""
 
-    num_steps: int = 0  # in which a row decoded
+    num_steps: int = 0  # in which a row decoded, or its prompt came with proposals
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     checked: list[int] = field(default_factory=list)  # drafts that reached this depth
     accepted: list[int] = field(default_factory=list)  # and whose proposal there was drawn
-    seconds: float = 0.0  # of the steps, shared by their rows
+    seconds: float = 0.0  # of decoding steps, shared by their rows
     plain_seconds: float = 0.0  # what one token at a time would have taken
 
     def add(self, depth: int, num_tokens: int, num_accepted: int) -> None:
@@ -67,10 +67,10 @@ class Speculation:
         self._evidence: dict[int, int] = {}  # of the drafts of the current step
 
     def propose(self, sequences: SequenceOf[Sequence], budget: int) -> dict[int, Draft]:
+        """Drafts of rows that get their next token in the coming step; it may be asked several times before one."""
         num_rows = len(sequences)
         if self.adaptive:
             sequences = [seq for seq in sequences if not self.length.is_waiting(seq.seq_id)]
-        self._evidence = {}
         if not sequences:
             return {}
         limits = {seq.seq_id: min(self.num_tokens, seq.max_draft_depth) for seq in sequences}
@@ -82,7 +82,7 @@ class Speculation:
             if len(kept):
                 found[seq_id] = kept
                 budget -= len(kept)
-        self._evidence = {seq_id: draft.evidence for seq_id, draft in found.items()}
+        self._evidence |= {seq_id: draft.evidence for seq_id, draft in found.items()}
         return found
 
     def forget(self, sequence: Sequence) -> None:
@@ -94,22 +94,43 @@ class Speculation:
         decoding = [row for row in step.rows if _is_decoding(row, sequences[row.seq_id])]
         if len(decoding) == len(step.rows):
             self.length.cost.observe(step.num_tokens, seconds)
+        self._count_time(step, decoding, sequences, num_drawn, seconds)
+        for row in step.rows:
+            if row.parents:
+                self._count_drawn(row, sequences[row.seq_id], num_drawn.get(row.seq_id, 0))
+        self._evidence = {}
+
+    def _tallies(self, seq: Sequence) -> tuple[Tally, Tally]:
+        return self.total, self._by_request.setdefault(seq.request.request_id, Tally())
+
+    def _count_time(
+        self,
+        step: Step,
+        decoding: list[Row],
+        sequences: dict[int, Sequence],
+        num_drawn: dict[int, int],
+        seconds: float,
+    ) -> None:
         # A token alone would have cost a step like this one without its proposals.
         drafted = sum(len(row.parents) - 1 for row in decoding if row.parents)
         plain = seconds / (1 + drafted * self.length.cost.slope(step.num_tokens - drafted)) if drafted else seconds
         for row in decoding:
-            seq, drawn = sequences[row.seq_id], num_drawn.get(row.seq_id, 0)
-            tallies = (self.total, self._by_request.setdefault(seq.request.request_id, Tally()))
-            for tally in tallies:
+            drawn = num_drawn.get(row.seq_id, 0)
+            for tally in self._tallies(sequences[row.seq_id]):
                 tally.num_steps += 1
                 tally.seconds += seconds / len(decoding)
                 tally.plain_seconds += max(1, drawn) * plain / len(decoding)
-            if row.parents and drawn:
-                depth = max(depths_of(row.parents))
-                outcomes = [True] * (drawn - 1) + [False] * (drawn - 1 < depth)
-                self.length.observe(row.seq_id, self._evidence.get(row.seq_id, 0), outcomes)
-                for tally in tallies:
-                    tally.add(depth, len(row.parents) - 1, drawn - 1)
+
+    def _count_drawn(self, row: Row, seq: Sequence, drawn: int) -> None:
+        """`drawn` tokens came of the row's proposals; 0: no valid probabilities."""
+        depth = max(depths_of(row.parents))
+        for tally in self._tallies(seq):
+            tally.num_steps += not _is_decoding(row, seq)
+            if drawn:
+                tally.add(depth, len(row.parents) - 1, drawn - 1)
+        if drawn:
+            outcomes = [True] * (drawn - 1) + [False] * (drawn - 1 < depth)
+            self.length.observe(row.seq_id, self._evidence.get(row.seq_id, 0), outcomes)
 
     def metrics(self, request_id: str) -> SpeculationMetrics | None:
         tally = self._by_request.get(request_id)
@@ -135,4 +156,5 @@ def speculation_of(config: EngineConfig, drafter: Drafter | None, backends: str)
 
 
 def _is_decoding(row: Row, seq: Sequence) -> bool:
-    return seq.num_generated > 0 and row.num_samples == 1 and (bool(row.parents) or len(row.tokens) == 1)
+    """Whether the row computes nothing but its last token and proposals after it."""
+    return seq.num_generated > 0 and row.num_samples == 1 and row.num_known == 1

@@ -13,8 +13,8 @@ from kvkeye.engine.request import MediaSpan, Sequence
 class Row:
     """Compute `tokens` from position `start` of row `seq_id`; then draw `num_samples` tokens, or none.
 
-    With proposals, `tokens` is the row's last token and then these, and `parents` their tree, -1 for the first; they
-    lie in consecutive slots from `start` whatever their place in the tree. One draw then gives several tokens.
+    With proposals, `tokens` ends with the row's last token and these, and `parents` is their tree, -1 for that token;
+    they lie in consecutive slots whatever their place in the tree. One draw then gives several tokens.
     """
 
     seq_id: int
@@ -25,13 +25,25 @@ class Row:
     parents: list[int] = field(default_factory=list)
 
     @property
+    def num_known(self) -> int:
+        """Tokens before the proposals."""
+        return len(self.tokens) - max(0, len(self.parents) - 1)
+
+    @property
+    def root(self) -> int:
+        """Where the tree begins in `tokens`; their number without proposals."""
+        return len(self.tokens) - len(self.parents)
+
+    @property
     def is_branched(self) -> bool:
         return branch_length(self.parents) < len(self.parents)
 
     def first_branch(self) -> Row:
         """Without the proposals outside the first branch."""
+        if not self.parents:
+            return self
         length = branch_length(self.parents)
-        return replace(self, tokens=self.tokens[:length], parents=self.parents[:length]) if self.parents else self
+        return replace(self, tokens=self.tokens[: self.root + length], parents=self.parents[:length])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A pipeline's folder in diffusers' layout: what its JSON files say before any weight is read, and its loading.
 
-`video_defaults.json`, which is ours, may name num_frames (of one clip), height, width, fps, num_inference_steps and
-guidance_scale.
+`video_defaults.json`, which is ours, may name num_frames (of one clip), height, width, fps, num_inference_steps,
+guidance_scale and max_sequence_length.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _FALLBACK: dict[str, Any] = {
     "fps": 16.0,
     "num_inference_steps": 50,
     "guidance_scale": None,
+    "max_sequence_length": None,
 }
 _BY_CLASS: dict[str, dict[str, Any]] = {
     "WanPipeline": {"num_frames": 81, "width": 832},
@@ -39,7 +40,7 @@ _BY_CLASS: dict[str, dict[str, Any]] = {
 class PipelineFolder:
     """Facts of a folder. `denoiser` has the denoiser's `config` alone, enough for an adapter's limits.
 
-    `guidance_scale` None: the pipeline's own default.
+    `guidance_scale` and `max_sequence_length` (of the prompt, padding included) None: the pipeline's own default.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class PipelineFolder:
     fps: float
     num_inference_steps: int
     guidance_scale: float | None
+    max_sequence_length: int | None
 
     def latent_frames(self, num_frames: int) -> int:
         return (num_frames - 1) // self.ratio + 1

@@ -62,7 +62,7 @@ WAYS = {
     "blocks of 1": ({"block_size": 1}, PROMPTS, {}),
     "blocks of 128": ({"block_size": 128}, PROMPTS, {}),
     "cached prefixes": ({}, PROMPTS, {"rounds": 2}),
-    "few blocks": ({"num_blocks": 22}, PROMPTS, {}),
+    "few blocks": ({"num_blocks": 20}, PROMPTS, {}),
     "preemption": ({"max_prefill_chunk": 19}, PROMPTS, {"interrupt": preempt_often}),
 }
 
@@ -76,6 +76,21 @@ def test_in_every_way_of_serving(way):
     stats = served.stats()
     assert way != "cached prefixes" or stats.num_cached_tokens >= 32 + 128
     assert way not in ("few blocks", "preemption") or stats.num_preemptions > 1
+
+
+@pytest.mark.parametrize("name", ["short", "long", "two pictures", "clip"])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_prompts_own_pass_checks_proposals(name, chunk):
+    """All four are right: the step that ends the prompt gives five tokens."""
+    served = scripted(width=1, depth=4, accuracy=1.0, max_prefill_chunk=chunk)
+    served.add(name, PROMPTS[name](), greedy(16))
+    outputs = []
+    while not outputs:
+        outputs = served.step()
+    assert outputs[0].outputs[0].token_ids == truth()[name][0][:5]
+    counts = served.stats().speculation
+    assert (counts.num_decode_steps, counts.num_drafts, counts.num_accepted_tokens) == (1, 1, 4)
+    assert counts.tokens_per_step == 5 and counts.saved_ms == 0
 
 
 @pytest.mark.parametrize("version, dtype", [("1.5", torch.float32), ("preview", torch.bfloat16)])
@@ -136,6 +151,8 @@ def test_a_draft_model(other):
     counts = check_lossless(served, PROMPTS, truth(), rounds=2)
     assert (counts.num_accepted_tokens > 20) != other
     served.add("text", PROMPTS["long"](), greedy(31))
+    (first,) = served.step()  # computes the prompt too
+    assert len(first.outputs[0].token_ids) == (1 if other else 6)
     metrics = run(served)["text"].metrics.speculation
     assert (metrics.acceptance_by_position == [1.0] * 5) != other  # text alone: it says what the target says
     assert served.speculation.drafter.pool.num_used == 0
@@ -324,8 +341,8 @@ def test_metrics_of_a_request():
     served.add("block", PROMPTS["block"](), greedy(64))
     metrics = run(served)["block"].metrics.speculation
     assert metrics.acceptance_by_position == [1.0] * 4
-    assert metrics.num_decode_steps == 13 and metrics.num_accepted_tokens == 63 - 13
-    assert metrics.tokens_per_step == pytest.approx(63 / 13)
+    assert metrics.num_decode_steps == 13 and metrics.num_accepted_tokens == 64 - 13  # the prompt's pass is one of them
+    assert metrics.tokens_per_step == pytest.approx(64 / 13)
     plain = served_by()
     plain.add("block", PROMPTS["block"](), greedy(4))
     assert run(plain)["block"].metrics.speculation is None

@@ -83,7 +83,7 @@ class World:
     def step(self, between=lambda: None, fail: str = "", poison: int | None = None) -> None:
         """`between` runs after planning; `fail` is a crash of that pass; `poison` is a row with NaN logits."""
         num_preemptions = self.scheduler.num_preemptions
-        prompts = [seq for seq in self.scheduler.running if seq.num_remaining > 1]
+        prompts = [seq for seq in self.scheduler.running if seq.num_remaining > 1 or seq.num_generated == 0]
         best = prompts[0] if prompts else None
         step = self.scheduler.schedule()
         limits = self.scheduler.limits

@@ -69,40 +69,45 @@ class ToyModel:
         return sampled
 
     def _run_row(self, seq: Sequence, row: Row) -> list[int]:
+        state, end = self._known(seq, row, len(row.tokens)), row.start + len(row.tokens)
+        return [draw(state, seq.request.seed, seq.index + i, end) for i in range(row.num_samples)]
+
+    def _known(self, seq: Sequence, row: Row, num_tokens: int) -> bytes:
+        """Writes the row's first tokens; the state of the last."""
         state = b""
-        for position, token in enumerate(row.tokens, row.start):
+        for position, token in enumerate(row.tokens[:num_tokens], row.start):
             seen = [self._slot(row.block_table, past) for past in range(position)]
             media = _media_key(seq.request, position)
             for span in seq.request.media_between(position, position + 1):
                 assert not span.num_patches or span.embeds in self.embeds, "a token came before its embeddings"
             state = _state(seen, token, media, seq.request.salt)
             self._write(row.block_table, position, (token, media, state))
-        end = row.start + len(row.tokens)
-        return [draw(state, seq.request.seed, seq.index + i, end) for i in range(row.num_samples)]
+        return state
 
     def _run_tree(self, seq: Sequence, row: Row) -> list[int]:
         """Every branch from its own slots; then down the tree while what is drawn was proposed, and slots moved."""
-        table, before = row.block_table, [self._slot(row.block_table, past) for past in range(row.start)]
-        branches: list[list[int]] = []
-        states = []
-        for at, (token, parent) in enumerate(zip(row.tokens, row.parents)):
-            branches.append([*(branches[parent] if parent >= 0 else []), at])
-            seen = before + [self._slot(table, row.start + past) for past in branches[at][:-1]]
+        states = [self._known(seq, row, row.num_known)]
+        start, tokens, table = row.start + row.root, row.tokens[row.root :], row.block_table
+        before = [self._slot(table, past) for past in range(start)]
+        branches: list[list[int]] = [[0]]
+        for at, (token, parent) in enumerate(zip(tokens[1:], row.parents[1:]), 1):
+            branches.append([*branches[parent], at])
+            seen = before + [self._slot(table, start + past) for past in branches[at][:-1]]
             states.append(_state(seen, token, b"", seq.request.salt))
-            self._write(table, row.start + at, (token, b"", states[at]))
+            self._write(table, start + at, (token, b"", states[at]))
         drawn: list[int] = []
         at = 0
         while True:
-            drawn.append(draw(states[at], seq.request.seed, seq.index, row.start + len(drawn) + 1))
+            drawn.append(draw(states[at], seq.request.seed, seq.index, start + len(drawn) + 1))
             following = [child for child, parent in enumerate(row.parents) if parent == at]
-            accepted = [child for child in following if row.tokens[child] == drawn[-1]]
+            accepted = [child for child in following if tokens[child] == drawn[-1]]
             if not accepted:
                 break
             at = accepted[0]
-        for place, kept in enumerate([self._slot(table, row.start + past) for past in branches[at]]):
-            self._write(table, row.start + place, kept)
-        for place in range(len(branches[at]), len(row.tokens)):  # what is left of the others must not be read
-            self._write(table, row.start + place, None)
+        for place, kept in enumerate([self._slot(table, start + past) for past in branches[at]]):
+            self._write(table, start + place, kept)
+        for place in range(len(branches[at]), len(tokens)):  # what is left of the others must not be read
+            self._write(table, start + place, None)
         return drawn
 
     def _write(self, table: list[int], position: int, slot: tuple[int, bytes, bytes] | None) -> None:

@@ -27,7 +27,8 @@ result is known, without a download. It knows nothing else.
 - directions: {directions}
 
 The shape wraps around the frame. Clips have {num_frames} frames of {width} x {height} pixels, {fps:g} per second;
-{steps} denoising steps, guidance {guidance:g} (`video_defaults.json`). The methods of `kvkeye video` make longer ones.
+{steps} denoising steps, guidance {guidance:g}, captions padded to {length} tokens (`video_defaults.json`). The methods
+of `kvkeye video` make longer ones.
 
 ## How it was made
 
@@ -35,19 +36,20 @@ The shape wraps around the frame. Clips have {num_frames} frames of {width} x {h
 in time); a transformer ({layers} layers of width {size}) with its text encoder by flow matching, for which two in five
 clips came with their first frame; the VAE's decoder once more, on long clips. tiny-i2v is this transformer,
 tiny-t2v the same without its channels for a guide. Self-attention went through `ops.tile_attention` and its backward.
-The transformer's weights are moving averages. Numbers of steps were set while it ran, before they had an effect.
+The transformer's weights are moving averages.
 
 ## Scores
 
 {clips} clips at prompts and places that training does not draw. In percent: clips that show the prompt's colour, shape,
 speed, direction, all four of them; frames in which a shape is seen (presence) and in which its shape and its colour are
 right (identity). Position: root mean square {position}. Velocity:
-pixels per frame. Colour: distance of RGB in [0, 1]; drift: its change from the first to the last quarter. The second
+pixels per frame. Colour: distance of RGB in [0, 1]; drift: its change from the first to the last quarter. The last
 row is the limit that the VAE sets.
 
 {table}
 
-`python -m kvkeye.train evaluate FOLDER` prints this table.
+`python -m kvkeye.train evaluate FOLDER` prints this table. Captions are padded to {length} tokens; the middle row pads
+them to 512, as the pipelines do unless told.
 
 ## Limits
 
@@ -79,6 +81,7 @@ def write_card(folder: Path, scores: dict[str, ClipScores]) -> None:
         fps=defaults["fps"],
         steps=defaults["num_inference_steps"],
         guidance=defaults["guidance_scale"],
+        length=defaults["max_sequence_length"],
         layers=denoiser["num_layers"],
         size=denoiser["num_attention_heads"] * denoiser["attention_head_dim"],
         clips=scores[folder.name].clips,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvkeye.errors import WeightError
 from kvkeye.train.clips.measures import MotionScores, Recognised, measure, recognise
+from kvkeye.train.clips.models import PADDED_TOKENS
 from kvkeye.train.clips.motion import Motion, draw
 
 _BATCH = 16
@@ -67,7 +68,8 @@ def _mean(values: list[float]) -> float:
 
 @torch.no_grad()
 def evaluate(folder: Path, count: int = 192, seed: int = 0) -> dict[str, ClipScores]:
-    """Scores of a folder's own clips and, as the bound, of true clips that went through its VAE.
+    """Scores of a folder's own clips, also with captions padded to the pipelines' own length, and of true clips that
+    went through its VAE: the bound.
 
     Raises WeightError: no pipeline's folder.
     """
@@ -75,9 +77,15 @@ def evaluate(folder: Path, count: int = 192, seed: int = 0) -> dict[str, ClipSco
     motions = held_out(count, seed, int(defaults["height"]))
     guided = type(pipe).__name__ == "WanImageToVideoPipeline"
     made = [*samples(pipe, defaults, motions, guided, seed)]
+    plain = {key: value for key, value in defaults.items() if key != "max_sequence_length"}
+    padded = [*samples(pipe, plain, motions, guided, seed)]
     num_frames = int(defaults["num_frames"])
     bound = [(_through_vae(pipe, motion.frames(num_frames)), motion) for motion in motions]
-    return {folder.name: score(made, guided), "VAE of true clips": score(bound, True)}
+    return {
+        folder.name: score(made, guided),
+        f"{folder.name}, padded to {PADDED_TOKENS}": score(padded, guided),
+        "VAE of true clips": score(bound, True),
+    }
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:

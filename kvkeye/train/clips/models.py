@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kvkeye.train.clips.motion import vocabulary
 from kvkeye.train.clips.recipe import VideoRecipe
@@ -18,6 +19,7 @@ SPATIAL_RATIO = 4  # in both sides
 _PATCH = 2  # pixels that become channels before the first layer, as in Wan 2.2's VAE
 MAX_LATENT_FRAMES = 128  # of the positional table
 MAX_TOKENS = 16  # of a caption
+PADDED_TOKENS = 512  # to which the pipelines pad captions with zeros unless told
 
 
 def build_vae(recipe: VideoRecipe) -> Any:
@@ -103,12 +105,12 @@ def without_guide(recipe: VideoRecipe, denoiser: Any) -> Any:
     return plain
 
 
-def encode_captions(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> Tensor:
-    """Embeddings [B, MAX_TOKENS, D], zero behind a caption's end, as `WanPipeline` makes them."""
+def encode_captions(tokenizer: Any, encoder: nn.Module, captions: list[str], length: int = MAX_TOKENS) -> Tensor:
+    """Embeddings [B, length, D], zero behind a caption's end, as `WanPipeline` makes them."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     states: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    kept: Tensor = states * tokens.attention_mask[..., None]
-    return kept
+    kept = states * tokens.attention_mask[..., None]
+    return pad(kept, (0, 0, 0, length - MAX_TOKENS))
 
 
 def export(recipe: VideoRecipe, parts: dict[str, Any]) -> dict[str, Path]:
@@ -135,6 +137,7 @@ def export(recipe: VideoRecipe, parts: dict[str, Any]) -> dict[str, Path]:
             "fps": recipe.fps,
             "num_inference_steps": recipe.sampling_steps,
             "guidance_scale": recipe.guidance,
+            "max_sequence_length": MAX_TOKENS,
         }
         (folder / "video_defaults.json").write_text(json.dumps(defaults, indent=1) + "\n")
         found[stage] = folder

@@ -134,14 +134,18 @@ class VideoTrainer:
         return loss, {"square": float(loss.detach())}
 
     def _flow_loss(self, motions: list[Motion], x0: Tensor, guides: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Flow matching: the velocity noise - x0 at a shifted time (Lipman et al. 2023; Esser et al. 2024)."""
+        """Flow matching: the velocity noise - x0 at a shifted time (Lipman et al. 2023; Esser et al. 2024).
+
+        One step in four pads captions as the pipelines do unless told: cross attention sees the zeros, unmasked.
+        """
         sizes = self.recipe.denoiser
         draws = self._draws("denoiser noise", self.step)
         noise = torch.randn(x0.shape, generator=draws)
         plain, guided, dropped = torch.rand(3, len(x0), generator=draws)
         sigma = _spread(sizes.shift * plain / (1 + (sizes.shift - 1) * plain))
         captions = ["" if share < sizes.drop_prompt else m.prompt for share, m in zip(dropped.tolist(), motions)]
-        text = models.encode_captions(self.parts["tokenizer"], self.parts["text"], captions)
+        length = models.PADDED_TOKENS if self.step % 4 == 3 else models.MAX_TOKENS
+        text = models.encode_captions(self.parts["tokenizer"], self.parts["text"], captions, length)
         x = torch.cat([(1 - sigma) * x0 + sigma * noise, guides * _spread(guided < sizes.guided)], 1)
         velocity = self.parts["denoiser"](x, 1000 * sigma.flatten(), text, return_dict=False)[0]
         loss = (velocity - (noise - x0)).square().mean()
