@@ -1,69 +1,117 @@
-// spectral_blend with the Gaussian: matrices from cut-offs, tensors to Params to kernels, volume by volume.
+// spectral_blend: tables from sizes and cut-offs, tensors to Params to kernels, volume by volume.
 #include "kvkeye/video_fusion_spectral.h"
+#include "fft_plan.h"
 #include "heads.h"
-
-#include <cmath>
+#include "kvkeye/common/blocks.h"
 
 namespace kvkeye {
 namespace {
 
-// The symmetric circulant matrix [size, padded] that multiplies frequency f by exp(-(f / cutoff)^2 / 2), f in
-// [-1, 1); computed in fp64.
-std::vector<float> circulant(int64_t size, int64_t padded, double cutoff) {
-  const double turn = 2 * std::acos(-1.0) / (double)size;
-  std::vector<double> wave(size), response(size, 0.0);
-  for (int64_t i = 0; i < size; ++i)
-    wave[i] = std::cos(turn * (double)i);
+struct Filter {
+  double cutoff_space, cutoff_time;
+  int64_t butterworth_order; // 0 for the Gaussian
+
+  double gain(double distance) const {
+    if (butterworth_order == 0)
+      return std::exp(-0.5 * distance);
+    double power = 1;
+    for (int64_t bits = butterworth_order; bits > 0; bits >>= 1, distance *= distance)
+      if (bits & 1)
+        power *= distance;
+    return 1 / (1 + power);
+  }
+};
+
+// Squared frequencies over the squared cut-off, f in [-1, 1).
+std::vector<double> squared_frequencies(int64_t size, double cutoff) {
+  std::vector<double> squares(size);
   for (int64_t k = 0; k < size; ++k) {
     const double f = 2.0 * (double)std::min(k, size - k) / (double)size / cutoff;
-    const double gain = std::exp(-0.5 * f * f) / (double)size;
-    for (int64_t i = 0, phase = 0; i < size; ++i, phase = (phase + k) % size)
-      response[i] += gain * wave[phase];
+    squares[k] = f * f;
   }
-  std::vector<float> matrix(size * padded, 0.0f);
-  for (int64_t row = 0; row < size; ++row)
-    for (int64_t column = 0; column < size; ++column)
-      matrix[row * padded + column] = (float)response[(column - row + size) % size];
-  return matrix;
+  return squares;
 }
+
+// One volume's sizes and what its transforms look up.
+class Spectrum {
+public:
+  Spectrum(const char* op, const Tensor& video)
+      : frames(video.size(video.dim() - 3)), height(video.size(video.dim() - 2)),
+        width(video.size(video.dim() - 1)), time_(op, "T =", frames), rows_(op, "h =", height),
+        columns_(op, "w =", width) {
+    time = time_.plan();
+    rows = rows_.plan();
+    columns = columns_.plan();
+  }
+
+  // [frames / 2 + 1, height, pitch]: in the transforms' order, over their factor of the size, and over the 2
+  // by which the kernel's pairs of columns come out too large.
+  std::vector<float> gains(const Filter& filter) const {
+    const int64_t pitch = spectral_pitch(width);
+    const auto over_time = squared_frequencies(frames, filter.cutoff_time);
+    const auto over_rows = squared_frequencies(height, filter.cutoff_space);
+    const auto over_columns = squared_frequencies(width, filter.cutoff_space);
+    const double factor = 0.5 / ((double)frames * (double)height * (double)width);
+    std::vector<float> gains((frames / 2 + 1) * height * pitch, 0.0f);
+    for_items(frames / 2 + 1, height * width * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t y = 0; y <= height / 2; ++y) {
+          float* row = gains.data() + (t * height + rows.place[y]) * pitch;
+          for (int64_t x = 0; x <= width / 2; ++x) {
+            const double gain = factor * filter.gain(over_time[t] + over_rows[y] + over_columns[x]);
+            row[columns.place[x]] = row[columns.place[x ? width - x : 0]] = (float)gain;
+          }
+          if (y > 0) // the opposite frequency
+            std::copy(row, row + width, gains.data() + (t * height + rows.place[height - y]) * pitch);
+        }
+    });
+    return gains;
+  }
+
+  const int64_t frames, height, width;
+  FftPlan time, rows, columns;
+
+private:
+  FftTables time_, rows_, columns_;
+};
 
 // out = high + L(low - high) and, where it is asked for, rest = low - L(low).
 void filter(const char* op, const Tensor& low, const Tensor* high, const Tensor& out, const Tensor* rest,
-            double cutoff_space, double cutoff_time, int64_t butterworth_order) {
-  require(butterworth_order == 0, op, ": butterworth_order is ", butterworth_order,
-          "; the C++ kernel has the Gaussian (0). Use the eager backend.");
-  const int64_t axes = low.dim(), frames = low.size(axes - 3), height = low.size(axes - 2),
-                width = low.size(axes - 1), padded = padded_dim(width), size = frames * height * width;
+            const Filter& filter) {
   if (low.numel() == 0)
     return;
-  const auto over_time = circulant(frames, frames, cutoff_time);
-  const auto over_height = circulant(height, height, cutoff_space);
-  const auto over_width = circulant(width, padded, cutoff_space);
-  const std::unique_ptr<float[]> volume(new float[frames * height * padded]);
+  const Spectrum volume(op, low);
+  const std::vector<float> gains = volume.gains(filter);
   with_type({op, "low", low}, [&](auto type) {
     using T = decltype(type);
     SpectralBlendParams<T> params{};
-    params.over_time = over_time.data();
-    params.over_height = over_height.data();
-    params.over_width = over_width.data();
-    params.volume = volume.get();
-    params.frames = frames;
-    params.height = height;
-    params.width = width;
-    params.padded = padded;
-    const int64_t plane_cost = height * width * (height + width) / 8,
-                  scratch = spectral_scratch(frames, height, padded);
+    params.time = &volume.time;
+    params.rows = &volume.rows;
+    params.columns = &volume.columns;
+    params.gain = gains.data();
+    params.plane = volume.height * volume.width;
+    params.strip = spectral_strip(volume.frames);
+    params.pitch = spectral_pitch(volume.width);
+    const int64_t pairs = blocks_of(params.plane, 2 * params.strip), half = volume.frames / 2 + 1;
+    params.padded = pairs * 2 * params.strip;
+    const std::unique_ptr<float[]> spectrum(new float[half * 2 * params.padded]);
+    params.spectrum = spectrum.get();
+    const int64_t scratch = spectral_scratch(volume.frames, volume.height, volume.width);
+    const int64_t size = volume.frames * params.plane, strips = 16 * volume.frames * params.strip;
     for (int64_t at = 0; at < low.numel(); at += size) {
       params.low = read<T>(low) + at;
       params.high = high == nullptr ? nullptr : read<T>(*high) + at;
       params.out = write<T>(out) + at;
       params.rest = rest == nullptr ? nullptr : write<T>(*rest) + at;
+      for_items_with_scratch(params, pairs, strips, scratch, [](const auto& p, int64_t begin, int64_t end) {
+        cpu::spectrum_of_frames(p, begin, end);
+      });
       for_items_with_scratch(
-          params, frames, plane_cost, scratch,
-          [](const auto& p, int64_t begin, int64_t end) { cpu::filter_planes(p, begin, end); });
-      for_items_with_scratch(
-          params, (height * padded + kStripColumns - 1) / kStripColumns, frames * frames * kStripColumns / 8,
-          scratch, [](const auto& p, int64_t begin, int64_t end) { cpu::filter_frames(p, begin, end); });
+          params, half, 32 * params.plane, scratch,
+          [](const auto& p, int64_t begin, int64_t end) { cpu::filter_spectrum(p, begin, end); });
+      for_items_with_scratch(params, pairs, strips, scratch, [](const auto& p, int64_t begin, int64_t end) {
+        cpu::frames_of_spectrum(p, begin, end);
+      });
     }
   });
 }
@@ -80,7 +128,7 @@ Tensor spectral_blend(const Tensor& low, const Tensor& high, double cutoff_space
   Argument{op, "high", high}.has_shape_of("low", low);
   Argument{op, "high", high}.has_dtype(low.scalar_type());
   const Tensor mine = dense(low), other = dense(high), out = empty_dense(low);
-  filter(op, mine, &other, out, nullptr, cutoff_space, cutoff_time, butterworth_order);
+  filter(op, mine, &other, out, nullptr, {cutoff_space, cutoff_time, butterworth_order});
   return out;
 }
 
@@ -89,7 +137,7 @@ std::tuple<Tensor, Tensor> spectral_blend_backward(const Tensor& grad, double cu
   const char* op = "spectral_blend_backward";
   check_video({op, "grad", grad});
   const Tensor upstream = dense(grad), low = empty_dense(grad), high = empty_dense(grad);
-  filter(op, upstream, nullptr, low, &high, cutoff_space, cutoff_time, butterworth_order);
+  filter(op, upstream, nullptr, low, &high, {cutoff_space, cutoff_time, butterworth_order});
   return {low, high};
 }
 

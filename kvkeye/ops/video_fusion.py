@@ -277,7 +277,7 @@ def spectral_blend(
     Shapes     low, high [..., T, h, w], all sizes even or odd
     Args       one floating dtype;  cut-offs positive;  butterworth_order 0 for the Gaussian
     Returns    [..., T, h, w], dtype of low
-    Numerics   fp32, one rounding at the end; `cpp` multiplies each axis by the Gaussian's circulant matrix
+    Numerics   fp32, one rounding at the end; a real transform pair, each video's own
     Gradient   low, high
     Errors     ValueError on shape or dtype disagreement, cut-offs that are not positive, a negative order
     Source     Lu et al. 2024 (FreeLong), eq. 5; filters: Wu et al. 2024 (FreeInit)
@@ -297,16 +297,22 @@ def spectral_blend_backward(
     return low.to(grad.dtype), (wide(grad) - low).to(grad.dtype)
 
 
-def _not_separable(*args: Tensor | float) -> Iterator[str]:
-    if args[-1] != 0:
-        yield f"butterworth_order is {args[-1]}; only the Gaussian (0) is a product of one filter per axis"
-    sides = args[0].shape[-3:] if isinstance(args[0], Tensor) else ()
-    if max(sides) > 512:
-        yield f"the sizes are {tuple(sides)}; above 512 a transform takes less than a matrix product"
+#: csrc/include/kvkeye/fft.h: the largest factor of a size that the C++ transform takes.
+_LARGEST_RADIX = 64
 
 
-spectral_blend.implement("cpp", refuses=_not_separable)
-spectral_blend_backward.implement("cpp", refuses=_not_separable)
+def _large_factor(video: Tensor, *_: Tensor | float) -> Iterator[str]:
+    for axis, size in zip(("T", "h", "w"), video.shape[-3:]):
+        rest = size
+        for radix in range(2, _LARGEST_RADIX + 1):
+            while rest > 0 and rest % radix == 0:
+                rest //= radix
+        if rest > 1:
+            yield f"{axis} = {size} has a prime factor above {_LARGEST_RADIX}; the transform takes smaller ones"
+
+
+spectral_blend.implement("cpp", refuses=_large_factor)
+spectral_blend_backward.implement("cpp", refuses=_large_factor)
 spectral_blend.differentiate(
     "low", "high", backward=spectral_blend_backward, save=("cutoff_space", "cutoff_time", "butterworth_order")
 )

@@ -198,10 +198,10 @@ def video_fusion(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "blend_tiles_backward", (grad, outputs, starts, weights, frames, guidance)
         yield "fuse_tiles", (outputs, starts, weights, latent, guidance, -0.1)
         yield "fuse_tiles_backward", (grad, outputs, starts, weights, latent, guidance, -0.1)
-    for shape in ((1, 1, 1, 1), (2, 5, 7, 9), (1, 16, 13, 70)):
+    for shape, order in (((1, 1, 1, 1), 0), ((2, 5, 7, 9), 4), ((1, 16, 13, 70), 0), ((1, 12, 40, 33), 3)):
         low, high = r(*shape), r(*shape[:-1], shape[-1] + 2)[..., 2:]
-        yield "spectral_blend", (low, high, 0.25, 0.4, 0)
-        yield "spectral_blend_backward", (high, 0.25, 0.4, 0)
+        yield "spectral_blend", (low, high, 0.25, 0.4, order)
+        yield "spectral_blend_backward", (high, 0.25, 0.4, order)
 
 
 def rollout(r: Random) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -88,7 +88,7 @@ def video_calls(generator: torch.Generator) -> list[torch.Tensor]:
     tiles = (outputs, starts, weights, latent, 3.0, -0.1)
     found = [ops.fuse_tiles(*tiles), *ops.fuse_tiles_backward(latent, *tiles)]
     found += ops.score_candidates(outputs[0], outputs[1], 0.5, latent[:, 0], 4)
-    found += [ops.spectral_blend(latent, latent.flip(1), 0.25, 0.3, 0)]
+    found += [ops.spectral_blend(latent, latent.flip(1), 0.25, 0.3, 4)]
     q, k, v = torch.randn(3, 2, 8 * 30 + 9, 3, 64, generator=generator)
     args = (q, k, v, starts, weights, 8, 9, 0.125)
     o, lse = ops.tile_attention(*args)
@@ -151,7 +151,7 @@ def refusals() -> list[tuple[str, tuple[object, ...], str]]:
         ("blend_tiles", (tiles, starts.long(), weights, 5, 1.0), "starts is Long; expected Int"),
         ("blend_tiles", (tiles, starts, weights, 3, 1.0), "tiles of 4 frames are longer than the video of 3"),
         ("tile_attention", (*[cache] * 3, starts, weights, 3, 0, 1.0), "1 tokens less 0 of text are not 3 frames"),
-        ("spectral_blend", (cache, cache, 0.2, 0.2, 4), "butterworth_order is 4; the C++ kernel has the Gaussian"),
+        ("spectral_blend", (torch.ones(2, 3, 67),) * 2 + (0.2, 0.2, 4), "w = 67 has a prime factor above 64"),
         ("score_candidates", (tiles[0][None], tiles[0][None], 0.5, cache[0], 2), "x has 6 dimensions"),
         ("token_logprobs", (x, torch.tensor([0, 1, 2, 8])), "targets[3] is 8; logits has 8 columns"),
         ("token_logprobs", (x, torch.tensor([0, -1, 2, 3])), "targets[1] is -1"),
