@@ -72,7 +72,7 @@ class Side:
 
     def eager(self, inputs: TokenInputs) -> Tensor:
         with self.runner._forced():
-            return self.runner._all_logits(inputs)
+            return self.runner._all_rows(inputs)[0]
 
     def recorded(self, inputs: TokenInputs, packed: Tensor) -> Callable[[], Tensor]:
         batch, width = inputs.block_table.shape

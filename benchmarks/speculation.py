@@ -43,7 +43,7 @@ from _speculation_peer import Qwen3
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
 from kvkeye.engine.draft import Draft
 from kvkeye.engine.draft_model import DraftModel
-from kvkeye.engine.load_drafter import load_drafter
+from kvkeye.engine.loading import load_drafter
 from kvkeye.engine.request import Sequence
 from kvkeye.layers import pack_weights
 from kvkeye.models.keye.model import KeyeModel

@@ -5,7 +5,7 @@ Where devices are mixed, or a value is read, an error says so: what would be wro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -23,9 +23,13 @@ class _PlainMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs.pop("pin_memory", None)
-        return args[0] if func is Tensor.pin_memory else func(*args, **kwargs)
+        if func is Tensor.pin_memory:
+            return args[0]
+        is_pinned = func in (torch.empty, torch.tensor) and kwargs.pop("pin_memory", False)
+        found = func(*args, **kwargs)
+        if is_pinned:
+            found.constant = None  # or `to` would move what a fake tensor remembers of its values, for real
+        return found
 
 
 def _item(x: Tensor, key: Any) -> Tensor:
@@ -52,16 +56,16 @@ def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return copied
 
 
-def _zeros(shape: torch.Size) -> Any:
-    return [_zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
+def zeros(shape: torch.Size) -> Any:
+    return [zeros(shape[1:]) for _ in range(shape[0])] if shape else 0
 
 
 @contextmanager
-def fake_gpu(reads: list[torch.Size] | None = None) -> Iterator[None]:
+def fake_gpu(reads: list[torch.Size] | None = None, answer: Callable[[torch.Size], Any] = zeros) -> Iterator[None]:
     """Within the block tensors are fake and "cuda" is a device. Pinned memory is plain memory.
 
-    With `reads`, `tolist` of a tensor on the GPU gives zeros and adds the shape; without, it is an error, as are all
-    other ways to read a value.
+    With `reads`, `tolist` of a tensor on the GPU gives `answer` of the shape and adds it; without, it is an error, as
+    are all other ways to read a value.
     """
     tolist = FakeTensor.tolist
 
@@ -69,7 +73,7 @@ def fake_gpu(reads: list[torch.Size] | None = None) -> Iterator[None]:
         if reads is None or x.device.type != "cuda":
             return tolist(x)
         reads.append(x.shape)
-        return _zeros(x.shape)
+        return answer(x.shape)
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

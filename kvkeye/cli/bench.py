@@ -67,7 +67,7 @@ def _load(
 ) -> tuple[dict[str, Engine], Prepared]:
     """An engine per side over one set of weights, and the prompt."""
     from kvkeye.engine.engine import Engine
-    from kvkeye.engine.load_drafter import load_drafter
+    from kvkeye.engine.loading import load_drafter
 
     config = replace(options.engine_config(arguments, model), max_num_seqs=arguments.batch, enable_prefix_cache=False)
     engines: dict[str, Engine] = {}

@@ -16,11 +16,12 @@ from functools import partial
 from types import TracebackType
 
 from kvkeye.engine.config import EngineConfig
-from kvkeye.engine.engine import Engine, EngineStats
+from kvkeye.engine.engine import Engine
 from kvkeye.engine.outputs import RequestOutput
 from kvkeye.engine.prepare import Prepared, PromptLike, has_media
 from kvkeye.engine.prepare_queue import Lease, PrepareQueue
 from kvkeye.engine.request import SamplingParams
+from kvkeye.engine.stats import EngineStats
 from kvkeye.errors import CapacityError, KvkeyeError, RequestError
 
 logger = logging.getLogger("kvkeye.engine")

@@ -139,7 +139,7 @@ class VerifyBatch:
     rows           [R] int64, of the logits                   draft_tokens  [R] int64
     tree_parents   [R] int32                                  cu_rows       [B + 1] int32
     bounds         the same on the host
-    slots          R numbers: where keys and values lie
+    tokens, slots  R numbers each: which of the step's tokens they are, and where their keys and values lie
     seq_ids, starts, num_logprobs    per tree
     """
 
@@ -149,6 +149,7 @@ class VerifyBatch:
     cu_rows: Tensor
     settings: DrawSettings
     bounds: list[int]
+    tokens: list[int]
     slots: list[int]
     seq_ids: list[int]
     starts: list[int]
@@ -182,6 +183,7 @@ class ForwardBatch:
     block_copies  [n, 2] int64 (source, target)
     media_rows    [n] int64 into T: where `media` go, in their order
     seq_ids       B row ids
+    bounds        cu_seqlens_q on the host
     lengths       of the rows' contexts, new tokens included
     num_samples   tokens to draw per row of the step; 0 for rows with proposals
     in_prompt     whether a row's first token belongs to its prompt
@@ -193,6 +195,7 @@ class ForwardBatch:
     block_copies: Tensor
     media_rows: Tensor
     seq_ids: list[int]
+    bounds: list[int]
     lengths: list[int]
     num_samples: list[int]
     in_prompt: list[bool]
@@ -234,6 +237,7 @@ def build(step: Step, find: Callable[[int], Sequence], block_size: int) -> Forwa
         block_copies=torch.tensor(step.block_copies, dtype=torch.int64).view(-1, 2),
         media_rows=_ints([row for use in media for row in range(use.first, use.first + use.length)]),
         seq_ids=[row.seq_id for row in rows],
+        bounds=bounds,
         lengths=lengths,
         num_samples=[0 if row.parents else row.num_samples for row in rows],
         in_prompt=[row.start < seq.num_prompt for row, seq in zip(rows, sequences)],
@@ -326,13 +330,16 @@ def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int) -
     """One tree per row with proposals."""
     trees: list[tuple[Row, Sequence]] = []
     logit_rows: list[int] = []
-    num_logit_rows = 0
+    tokens: list[int] = []
+    num_logit_rows = num_tokens = 0
     for row, seq in zip(rows, sequences):
         count = len(row.parents) or (row.num_samples > 0)
         if row.parents:
             trees.append((row, seq))
             logit_rows += range(num_logit_rows, num_logit_rows + count)
+            tokens += range(num_tokens + row.root, num_tokens + len(row.tokens))
         num_logit_rows += count
+        num_tokens += len(row.tokens)
     bounds = list(accumulate((len(row.parents) for row, _ in trees), initial=0))
     return VerifyBatch(
         rows=_ints(logit_rows),
@@ -341,6 +348,7 @@ def _verify_batch(rows: list[Row], sequences: list[Sequence], block_size: int) -
         cu_rows=_ints(bounds, torch.int32),
         settings=_settings([_Draw(seq, row.start + row.root + 1, seq.index) for row, seq in trees]),
         bounds=bounds,
+        tokens=tokens,
         slots=[slot for row, _ in trees for slot in _slots(row, block_size, row.root)],
         seq_ids=[row.seq_id for row, _ in trees],
         starts=[row.start + row.root for row, _ in trees],

@@ -62,28 +62,28 @@ def nothing(size: int, width: int = 1, is_branched: bool = False) -> TokenInputs
 
 
 class DecodeGraphs:
-    """Recorded passes from `TokenInputs` to the logits [T, V] of all their tokens.
+    """Recorded passes from `TokenInputs` to what `body` makes of each of their tokens.
 
-    sizes   ascending numbers of tokens;  width: blocks of the longest context
-    output  [sizes[-1], V], shared by all sizes
-    trees   whether steps with branched proposals are recorded too
+    outputs  [sizes[-1], ...] each: where results lie, shared by all sizes
+    sizes    ascending numbers of tokens;  width: blocks of the longest context
+    trees    whether steps with branched proposals are recorded too
     """
 
     def __init__(
         self,
-        body: Callable[[TokenInputs], Tensor],
-        output: Tensor,
+        body: Callable[[TokenInputs], Sequence[Tensor]],
+        outputs: Sequence[Tensor],
         sizes: Sequence[int],
         width: int,
         record: Recorder,
         trees: bool = False,
     ) -> None:
-        self._sizes, self._width, self._trees = list(sizes), width, trees
+        self._sizes, self._width, self._trees, self._outputs = list(sizes), width, trees, outputs
         self._passes: dict[tuple[int, bool], RecordedPass] = {}
         for size in reversed(self._sizes):
             for is_branched in (False, True) if trees else (False,):
                 first = nothing(size, width, is_branched)
-                self._passes[size, is_branched] = RecordedPass(first, output[:size], body, record)
+                self._passes[size, is_branched] = RecordedPass(first, [kept[:size] for kept in outputs], body, record)
                 logger.info("recorded a step of %d tokens%s", size, ", branched" if is_branched else "")
 
     def fit(self, batch: ForwardBatch) -> ForwardBatch | None:
@@ -94,6 +94,6 @@ class DecodeGraphs:
             return None
         return replace(batch, inputs=padded(inputs, size, self._width))
 
-    def __call__(self, inputs: TokenInputs, packed: Tensor) -> Tensor:
-        """Logits [size, V] of a step that `fit` padded and `to_device` moved; the next step overwrites them."""
+    def __call__(self, inputs: TokenInputs, packed: Tensor) -> Sequence[Tensor]:
+        """Results [size, ...] of a step that `fit` padded and `to_device` moved; the next step overwrites them."""
         return self._passes[len(inputs.token_ids), inputs.tree_mask is not None](packed)

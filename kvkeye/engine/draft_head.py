@@ -21,6 +21,7 @@ from kvkeye.engine.batch import ForwardBatch, Prompt
 from kvkeye.engine.block_manager import ceil_div
 from kvkeye.engine.draft import Draft
 from kvkeye.engine.request import Sequence
+from kvkeye.engine.staging import sent
 from kvkeye.models.draft.head import DraftHead
 from kvkeye.models.keye.model import KeyeModel
 
@@ -36,6 +37,16 @@ class _Row:
 
     end: int
     features: Tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A row that ends at `end` now keeps the features of the step's tokens `places` behind those `known`."""
+
+    seq_id: int
+    end: int
+    places: list[int]
+    known: Tensor | None
 
 
 class HeadDrafter:
@@ -77,49 +88,44 @@ class HeadDrafter:
 
     # What the target computes
 
-    def observe(
-        self, batch: ForwardBatch, embeds: Tensor, features: list[Tensor], accepted: Mapping[int, list[int]]
-    ) -> None:
-        """The target has computed a step: keeps what the next proposals begin with.
-
-        embeds     [T, H] of the step's tokens, media merged in
-        features   three of [T, H], the residual stream behind the layers `depths`
-        accepted   of rows with proposals, which of their rows are the answer's now
-        """
+    def observe(self, batch: ForwardBatch, embeds: Tensor, features: Tensor, accepted: Mapping[int, list[int]]) -> None:
+        """See FeatureObserver. Keeps copies of what the next proposals begin with."""
         if len(batch.block_copies):
             ops.copy_blocks(self.k_cache, self.v_cache, batch.block_copies)
-        seen = torch.cat(features, -1)  # [T, 3 H]
-        bounds = batch.inputs.cu_seqlens_q.tolist()
+        kept: list[_Kept] = []
         chunks: list[tuple[int, int, Tensor | None]] = []
         for seq_id, first, last, end, in_prompt in zip(
-            batch.seq_ids, bounds, bounds[1:], batch.lengths, batch.in_prompt
+            batch.seq_ids, batch.bounds, batch.bounds[1:], batch.lengths, batch.in_prompt
         ):
             row, start = self._rows.get(seq_id), end - (last - first)
             known = row.features if row is not None and row.end == start else None
             if seq_id in accepted:
-                new = seen[[first + place for place in accepted[seq_id]]]
+                kept.append(_Kept(seq_id, start + len(accepted[seq_id]), accepted[seq_id], known))
             elif known is not None and last - first == 1 and not in_prompt:
-                new = seen[first:last]
+                kept.append(_Kept(seq_id, end, [first], known))
             else:
                 chunks.append((first, last, None if known is None else known[-1:]))
-                self._rows[seq_id] = _Row(end, seen[last - 1 : last].clone())
-                continue
-            features_ = new if known is None else torch.cat([known, new])
-            self._rows[seq_id] = _Row(start + len(new), features_[-_MAX_PENDING:])
+                kept.append(_Kept(seq_id, end, [last - 1], None))
+        places = [place for row in kept for place in row.places]
+        newest = features[sent(places, torch.int64, features.device)].split([len(row.places) for row in kept])
+        for old, new in zip(kept, newest):
+            own = new if old.known is None else torch.cat([old.known, new])[-_MAX_PENDING:]
+            self._rows[old.seq_id] = _Row(old.end, own)
         if chunks:
-            self._write(batch, embeds, seen, chunks)
+            self._write(batch, embeds, features, chunks)
 
     def _write(
-        self, batch: ForwardBatch, embeds: Tensor, seen: Tensor, chunks: list[tuple[int, int, Tensor | None]]
+        self, batch: ForwardBatch, embeds: Tensor, features: Tensor, chunks: list[tuple[int, int, Tensor | None]]
     ) -> None:
         """Keys and values of whole chunks of prompts: (first row, end, features before it) each."""
-        nothing = seen.new_zeros(1, seen.shape[1])
+        nothing = features.new_zeros(1, features.shape[1])
         before = [
             part
             for first, last, known in chunks
-            for part in (nothing if known is None else known, seen[first : last - 1])
+            for part in (nothing if known is None else known, features[first : last - 1])
         ]
-        rows = torch.cat([torch.arange(first, last) for first, last, _ in chunks]).to(seen.device)
+        places = [place for first, last, _ in chunks for place in range(first, last)]
+        rows = sent(places, torch.int64, features.device)
         layer, attention = self.head.midlayer, self.head.midlayer.self_attn
         x = layer.join(self.head.fuse(torch.cat(before)), embeds[rows])
         ops.qk_norm_mrope_append(
@@ -152,25 +158,24 @@ class HeadDrafter:
             end = len(seq.tokens) + prompt.position_delta
             positions += range(end - count, end)
 
-        def ints(values: list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.target.device)
-
-        found = ops.draft_tree(
+        device = self.target.device
+        nodes, places, scores = ops.draft_tree(
             rows[0].features if len(rows) == 1 else torch.cat([row.features for row in rows]),
-            self.target.embed(ints(tokens, torch.int64)), self.vocabulary, self.weights, self.k_cache, self.v_cache,
-            self._tables(sequences), ints([0, *accumulate(counts)], torch.int32),
-            ints([len(seq.tokens) for seq in sequences], torch.int32), ints(positions, torch.int64),
+            self.target.embed(sent(tokens, torch.int64, device)), self.vocabulary, self.weights, self.k_cache,
+            self.v_cache, self._tables(sequences), sent([0, *accumulate(counts)], torch.int32, device),
+            sent([len(seq.tokens) for seq in sequences], torch.int32, device), sent(positions, torch.int64, device),
             *self.head.sizes, min(max(limits), self.depth), self.width, self.min_score,
         )  # fmt: skip
         for row in rows:
             row.features = row.features[-1:]  # the last token may lie in a spare block: it is computed again
+        ids = self.head.token_ids[nodes].where(nodes >= 0, -1)
+        read = torch.stack((ids.double(), places.double(), scores.double()), 1).tolist()  # exact in fp64: one read
         drafts = {}
-        parts = zip(sequences, limits, *(part.tolist() for part in (self.head.token_ids[found[0]], *found)))
-        for seq, limit, ids, places, parents, scores in parts:
-            count = places.index(-1) if -1 in places else len(places)
+        for seq, limit, (names, above, chances) in zip(sequences, limits, read):
+            count = names.index(-1) if -1 in names else len(names)
             if count:
-                draft = _branches_first(ids[:count], parents[:count], scores[:count])
-                drafts[seq.seq_id] = draft.trimmed(limit, limit)
+                tokens, parents = list(map(int, names[:count])), list(map(int, above[:count]))
+                drafts[seq.seq_id] = _branches_first(tokens, parents, chances[:count]).trimmed(limit, limit)
         return drafts
 
     def _tables(self, sequences: list[Sequence]) -> Tensor:
@@ -181,7 +186,7 @@ class HeadDrafter:
             spare = self.num_blocks + index * self.num_spare
             table = [*seq.block_table, *range(spare, spare + self.num_spare)]
             tables.append(table + [0] * (width - len(table)))
-        return torch.tensor(tables, dtype=torch.int32).to(self.target.device)
+        return sent(tables, torch.int32, self.target.device)
 
 
 def _branches_first(tokens: list[int], parents: list[int], scores: list[float]) -> Draft:

@@ -19,6 +19,7 @@ from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import ceil_div
 from kvkeye.engine.draft import Draft
 from kvkeye.engine.request import Sequence
+from kvkeye.engine.staging import sent
 from kvkeye.host import BlockPool
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
@@ -106,25 +107,19 @@ class DraftModel:
         for row, new in zip(rows, fresh):
             row.tokens += new
         bounds = list(accumulate(map(len, fresh), initial=0))
-        width = max(len(row.blocks) for row in rows)
-
-        def ints(values: list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.model.device)
-
+        width, device = max(len(row.blocks) for row in rows), self.model.device
         context = PagedContext(
             k_caches=self.k_caches,
             v_caches=self.v_caches,
-            block_table=torch.tensor(
-                [row.blocks + [0] * (width - len(row.blocks)) for row in rows], dtype=torch.int32
-            ).to(self.model.device),
-            cu_seqlens_q=ints(bounds, torch.int32),
-            context_lens=ints([len(row.tokens) for row in rows], torch.int32),
-            slot_mapping=ints(slots, torch.int64),
+            block_table=sent([row.blocks + [0] * (width - len(row.blocks)) for row in rows], torch.int32, device),
+            cu_seqlens_q=sent(bounds, torch.int32, device),
+            context_lens=sent([len(row.tokens) for row in rows], torch.int32, device),
+            slot_mapping=sent(slots, torch.int64, device),
         )
-        tokens = ints([token for new in fresh for token in new], torch.int64)
-        at = torch.cat(positions, dim=1).to(self.model.device)  # [3, T]
+        tokens = sent([token for new in fresh for token in new], torch.int64, device)
+        at = torch.cat(positions, dim=1).to(device)  # [3, T]
         hidden: Tensor = self.model(self.model.embed(tokens), at, context)  # [T, H]
-        return hidden[ints([end - 1 for end in bounds[1:]], torch.int64)]
+        return hidden[sent([end - 1 for end in bounds[1:]], torch.int64, device)]
 
     def _slots(self, row: _Row, count: int) -> Iterator[int]:
         for position in range(len(row.tokens), len(row.tokens) + count):

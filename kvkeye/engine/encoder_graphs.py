@@ -64,14 +64,14 @@ class EncoderGraphs:
         self._passes: dict[int, RecordedPass] = {}
         for size in reversed(self._sizes):
             first = self._padded([], torch.empty(0, dtype=torch.int64), torch.zeros(size, vision.patch_dim), size)
-            self._passes[size] = RecordedPass(first, output[: size // self._merge], self._encode, record)
+            self._passes[size] = RecordedPass(first, [output[: size // self._merge]], self._encode, record)
             logger.info("recorded an encoder pass of %d patches", size)
 
-    def _encode(self, inputs: PackInputs) -> Tensor:
+    def _encode(self, inputs: PackInputs) -> list[Tensor]:
         size = len(inputs.merge_rows)
         positions, cos, sin = (table[:size] for table in self._tables)
         layout = PackLayout(positions, cos, sin, PackedContext(inputs.cu_seqlens, size))
-        return self._model.encode_packed(inputs.pixel_values, layout, inputs.merge_rows)
+        return [self._model.encode_packed(inputs.pixel_values, layout, inputs.merge_rows)]
 
     def _padded(self, lengths: list[int], merge_rows: Tensor, pixel_values: Tensor, size: int) -> PackInputs:
         """A pack of segments of these lengths as one of `size` patches."""
@@ -96,4 +96,5 @@ class EncoderGraphs:
         merge_rows = self._model.projector.merge_rows(batch.grids)
         inputs = self._padded(lengths, merge_rows, torch.cat(batch.pixel_values), size)
         _, packed = to_device(inputs, self._model.device)
-        return self._passes[size](packed)[: num_patches // self._merge]
+        (embeds,) = self._passes[size](packed)
+        return embeds[: num_patches // self._merge]

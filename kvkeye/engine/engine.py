@@ -10,10 +10,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
 
 from kvkeye.engine import batch as batches
 from kvkeye.engine.answer import Parser, Tracker
@@ -24,8 +21,8 @@ from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.draft import Drafter
 from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.encoder_cache import EncoderCache
-from kvkeye.engine.machine import available_bytes, default_device, default_dtype
-from kvkeye.engine.memory import check_weights_fit, context_length, plan_cache
+from kvkeye.engine.machine import available_bytes
+from kvkeye.engine.memory import context_length, plan_cache
 from kvkeye.engine.outputs import Logprob, OnStage, RequestOutput, SpeculationMetrics
 from kvkeye.engine.prepare import Prepared, Processor, PromptLike, prepare
 from kvkeye.engine.prepare_queue import PrepareQueue
@@ -37,12 +34,14 @@ from kvkeye.engine.request import (
     Sequence,
     State,
 )
-from kvkeye.engine.runner import Runner, StepResult
+from kvkeye.engine.runner import Runner
+from kvkeye.engine.sampling import StepResult
 from kvkeye.engine.scheduler import Limits, Scheduler
 from kvkeye.engine.speculation import speculation_of
+from kvkeye.engine.stats import Counts, EngineStats
 from kvkeye.engine.step import Step
 from kvkeye.engine.warm_up import warm_up, working_bytes
-from kvkeye.errors import CapacityError, ConfigError, RequestError
+from kvkeye.errors import CapacityError, RequestError
 from kvkeye.models.keye.model import KeyeModel
 
 logger = logging.getLogger("kvkeye.engine")
@@ -61,26 +60,6 @@ class TextProcessor(Processor, Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_generated_tokens: int
-    num_blocks: int
-    num_used_blocks: int
-    num_cached_blocks: int
-    num_encoder_steps: int
-    num_encoded_patches: int
-    encoder_hits: int
-    encoder_misses: int
-    encoder_bytes: int
-    speculation: SpeculationMetrics | None = None
-
-
 class Engine:
     """A model being served: `add` requests, call `step` while `has_work`, read the outputs it returns.
 
@@ -97,15 +76,19 @@ class Engine:
     ) -> None:
         text = model.config.text
         backends = serving_backends(config, model.device)
-        working = working_bytes(model, config, context_length(config, text), backends)
-        head = drafter if isinstance(drafter, HeadDrafter) else None
-        head_bytes = head.block_bytes(config.block_size) if head else 0
+        self.speculation = speculation_of(config, drafter, backends)
+        head = drafter if isinstance(drafter, HeadDrafter) and self.speculation is not None else None
+        working = working_bytes(model, config, context_length(config, text), backends, head)
+        head_bytes = head.block_bytes(config.block_size) if head is not None else 0
         plan = plan_cache(config, text, model.dtype, available_bytes(model.device) - working, head_bytes)
         self.config = config
         self.processor = processor
         self.vocab_size = text.vocab_size
         self.max_model_len = plan.max_model_len
-        self.runner = Runner(model, plan.num_blocks, config.block_size, backends)
+        self.runner = Runner(model, plan.num_blocks, config.block_size, backends, head)
+        if head is not None and self.speculation is not None:
+            num_tokens = self.speculation.num_tokens
+            head.allocate(plan.num_blocks, config.block_size, config.max_num_seqs, num_tokens, backends)
         warm_up(self.runner, config, plan.max_model_len)
         limits = Limits(
             max_num_seqs=config.max_num_seqs,
@@ -116,52 +99,22 @@ class Engine:
         )
         blocks = BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_cache)
         token_bytes = text.hidden_size * model.dtype.itemsize
-        self.speculation = speculation_of(config, drafter, backends)
-        if head is not None and self.speculation is not None:
-            num_tokens = self.speculation.num_tokens
-            head.allocate(plan.num_blocks, config.block_size, config.max_num_seqs, num_tokens, backends)
-            self.runner.observer = head
         self.scheduler = Scheduler(
             limits, blocks, EncoderCache(config.encoder_cache_memory // token_bytes), self.speculation
         )
         self._new_parser = new_parser
         self._trackers: dict[str, Tracker] = {}
-        self._num_requests = 0
-        self._num_steps = 0
-        self._num_encoder_steps = 0
-        self._num_encoded_patches = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
-        self._num_generated_tokens = 0
+        self._counts = Counts()
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads a checkpoint. ConfigError, WeightError or CapacityError before memory is taken."""
-        from kvkeye.engine.load_drafter import load_drafter
-        from kvkeye.layers import pack_weights, quantize_weights
+        from kvkeye.engine.loading import load_drafter, load_target
         from kvkeye.models.keye.parsing import OutputParser
-        from kvkeye.models.keye.processor import KeyeProcessor
-        from kvkeye.models.keye.weights import check_folder, load_model
 
-        device = torch.device(config.device) if config.device else default_device()
-        dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
-        if config.quantization is not None and device.type != "cpu":
-            raise ConfigError(
-                f"EngineConfig.quantization: {config.quantization} weights run on the CPU; the device is {device}. "
-                "Leave it out, or choose device='cpu'."
-            )
-        report = check_folder(config.model)
-        check_weights_fit(report.num_loaded * dtype.itemsize, device)
-        processor = KeyeProcessor.from_folder(config.model, media_workers=config.media_workers)
-        model = load_model(config.model, dtype, device)
-        if config.quantization == "int8":
-            quantize_weights(model.language)
-        pack_weights(model)
-        logger.info("%s: %s on %s", config.model, dtype, device)
+        model, processor = load_target(config)
         engine = cls(config, model, processor, OutputParser, load_drafter(config, model))
         processor.max_tokens = engine.max_model_len  # refused before media are decoded, not after
-        if dtype == torch.bfloat16:
-            processor.pixel_dtype = dtype
         return engine
 
     def close(self) -> None:
@@ -219,7 +172,7 @@ class Engine:
             payload=payload,
         )
         self.scheduler.add(request)
-        self._num_requests += 1
+        self._counts.num_requests += 1
 
         def decode(ids: list[int]) -> str:
             return self.processor.decode(ids, skip_special_tokens=sampling.skip_special_tokens)
@@ -252,7 +205,7 @@ class Engine:
     def _seed(self, sampling: SamplingParams) -> int:
         if sampling.seed is not None:
             return sampling.seed
-        digest = hashlib.sha256(f"kvkeye.seed {self.config.seed} {self._num_requests}".encode()).digest()
+        digest = hashlib.sha256(f"kvkeye.seed {self.config.seed} {self._counts.num_requests}".encode()).digest()
         return int(struct.unpack("<q", digest[:8])[0])
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -281,7 +234,7 @@ class Engine:
         step = self.scheduler.schedule()
         if step.is_empty:
             return []
-        self._num_steps += 1
+        self._counts.num_steps += 1
         for seq_id in step.seq_ids:
             self._tracker_of(self.scheduler.sequence(seq_id)).enter("start")
         lost = self._encode(step) if step.encodings else []
@@ -306,8 +259,8 @@ class Engine:
         elapsed = 1e3 * (time.perf_counter() - start)
         for tracker, encoding in zip(owners, step.encodings):
             tracker.vision_ms += elapsed * encoding.num_patches / num_patches
-        self._num_encoder_steps += 1
-        self._num_encoded_patches += num_patches
+        self._counts.num_encoder_steps += 1
+        self._counts.num_encoded_patches += num_patches
         return []
 
     def _forward(self, step: Step) -> tuple[list[Sequence], DrawnLogprobs]:
@@ -378,27 +331,24 @@ class Engine:
             if self.speculation is not None:
                 self.speculation.forget_request(output.request_id)
             tracker.request.payload = None  # pixels must not wait for the collector of cycles
-            self._num_prompt_tokens += output.metrics.num_prompt_tokens
-            self._num_cached_tokens += output.metrics.num_cached_tokens
-            self._num_generated_tokens += output.metrics.num_generated_tokens
+            self._counts.add(output.metrics)
         return output
 
     def stats(self) -> EngineStats:
-        """Counters since the start; token counts of requests that have ended."""
-        pool, encoder = self.scheduler.blocks.pool, self.scheduler.encoder
+        pool, encoder, counts = self.scheduler.blocks.pool, self.scheduler.encoder, self._counts
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
-            num_steps=self._num_steps,
+            num_steps=counts.num_steps,
             num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=self._num_cached_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=counts.num_prompt_tokens,
+            num_cached_tokens=counts.num_cached_tokens,
+            num_generated_tokens=counts.num_generated_tokens,
             num_blocks=pool.num_blocks,
             num_used_blocks=pool.num_used,
             num_cached_blocks=pool.num_cached,
-            num_encoder_steps=self._num_encoder_steps,
-            num_encoded_patches=self._num_encoded_patches,
+            num_encoder_steps=counts.num_encoder_steps,
+            num_encoded_patches=counts.num_encoded_patches,
             encoder_hits=encoder.num_hits,
             encoder_misses=encoder.num_misses,
             encoder_bytes=self.runner.num_media_bytes,

@@ -17,6 +17,7 @@ from kvkeye.engine.staging import to_device
 
 # Takes what is to be done, does it once, and returns what does it again.
 Recorder = Callable[[Callable[[], object]], Callable[[], object]]
+Body = Callable[[Any], Sequence[Tensor]]
 
 
 def rerun(body: Callable[[], object]) -> Callable[[], object]:
@@ -46,26 +47,26 @@ class CudaRecorder:
 
 
 class RecordedPass:
-    """body(inputs) -> output for one size.
+    """body(inputs) -> outputs for one size.
 
     inputs   a dataclass of host tensors, valid for a first run; later ones have the same shapes and dtypes
-    output   what the body's result is copied to
+    outputs  what the body's results are copied to
     """
 
-    def __init__(self, inputs: Any, output: Tensor, body: Callable[[Any], Tensor], record: Recorder) -> None:
-        own, self._buffer = to_device(inputs, output.device)
-        self._output = output
-        self._replay = record(lambda: output.copy_(body(own)))
+    def __init__(self, inputs: Any, outputs: Sequence[Tensor], body: Body, record: Recorder) -> None:
+        own, self._buffer = to_device(inputs, outputs[0].device)
+        self._outputs = outputs
+        self._replay = record(lambda: [kept.copy_(new) for kept, new in zip(outputs, body(own), strict=True)])
 
-    def __call__(self, packed: Tensor) -> Tensor:
+    def __call__(self, packed: Tensor) -> Sequence[Tensor]:
         """`packed` begins with the inputs as `to_device` packs them; where it ends early, what was there stays.
 
-        The result is overwritten by the next pass.
+        The results are overwritten by the next pass.
         """
         own = self._buffer[: len(packed)]
         own.copy_(packed[: len(own)])
         self._replay()
-        return self._output
+        return self._outputs
 
 
 def smallest(sizes: Sequence[int], wanted: int) -> int | None:

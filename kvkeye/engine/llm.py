@@ -8,12 +8,13 @@ from types import TracebackType
 from typing import Any
 
 from kvkeye.engine.config import EngineConfig
-from kvkeye.engine.engine import Engine, EngineStats
+from kvkeye.engine.engine import Engine
 from kvkeye.engine.fair_lock import FairLock
 from kvkeye.engine.lookahead import Lookahead
 from kvkeye.engine.outputs import Delta, OnStage, RequestOutput, deltas
 from kvkeye.engine.prepare import Message, Prepared, PromptLike, is_conversation
 from kvkeye.engine.request import SamplingParams
+from kvkeye.engine.stats import EngineStats
 from kvkeye.errors import RequestError
 
 Sampling = SamplingParams | Sequence[SamplingParams] | None

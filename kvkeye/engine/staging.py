@@ -1,9 +1,13 @@
-"""Host tensors to a device by one copy that nothing waits for. Knows bytes; must not know what they mean."""
+"""Host tensors to a device by one copy that nothing waits for, and back by one read.
+
+Knows bytes; must not know what they mean.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import islice
 from math import prod
 from typing import Any, TypeVar
 
@@ -49,6 +53,19 @@ def staged(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
     for view, tensor in zip(layout.views(buffer), tensors):
         view.copy_(tensor)
     return buffer
+
+
+def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on `device`, by a copy that nothing waits for."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def read(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The values of 1-d tensors, by one read of the device in fp64, which holds ids and fp32 exactly."""
+    if len(tensors) == 1:
+        return [tensors[0].tolist()]
+    values = iter(torch.cat([tensor.double() for tensor in tensors]).tolist())
+    return [list(islice(values, len(tensor))) for tensor in tensors]
 
 
 def to_device(batch: T, device: torch.device) -> tuple[T, Tensor]:

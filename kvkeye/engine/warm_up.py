@@ -14,7 +14,7 @@ from kvkeye.engine.decode_graphs import token_sizes
 from kvkeye.engine.encoder_graphs import patch_sizes
 from kvkeye.engine.graphs import CudaRecorder, Recorder
 from kvkeye.engine.machine import available_bytes, gib
-from kvkeye.engine.runner import Runner
+from kvkeye.engine.runner import FeatureObserver, Runner
 from kvkeye.models.keye.model import KeyeModel
 
 logger = logging.getLogger("kvkeye.engine")
@@ -38,7 +38,13 @@ def warm_up(runner: Runner, config: EngineConfig, max_model_len: int) -> None:
         record_passes(runner, config, max_model_len, CudaRecorder(runner.model.device))
 
 
-def working_bytes(model: KeyeModel, config: EngineConfig, max_model_len: int, backends: str) -> int:
+def working_bytes(
+    model: KeyeModel,
+    config: EngineConfig,
+    max_model_len: int,
+    backends: str,
+    observer: FeatureObserver | None = None,
+) -> int:
     """What the largest passes and all recordings take beside weights, KV cache and embeddings: 0 on a CPU.
 
     Measured by running them with a cache of one block. UnsupportedError if a kernel refuses this model.
@@ -46,7 +52,7 @@ def working_bytes(model: KeyeModel, config: EngineConfig, max_model_len: int, ba
     if model.device.type != "cuda":
         return 0
     before = available_bytes(model.device)
-    trial = Runner(model, 1, config.block_size, backends)
+    trial = Runner(model, 1, config.block_size, backends, observer)
     trial.rehearse(config.max_num_batched_tokens, config.max_num_seqs, config.max_num_encoder_patches)
     warm_up(trial, config, max_model_len)
     torch.cuda.synchronize(model.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvkeye.engine.decode_graphs import token_sizes
+from kvkeye.engine.graphs import rerun
 from kvkeye.layers import PackedContext
 from tests.engine.heads import drafted, random_head
 from tests.engine.logits import logits_of
@@ -74,6 +76,15 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_proposals_are_those_of_one_pass_over_the_text(way):
     served = drafted(random_head(), enable_prefix_cache=False, **WAYS[way])
+    checked = Checked(served)
+    logits_of(served, PROMPTS)
+    assert checked.num_checked > 15
+
+
+@pytest.mark.parametrize("way", ["a batch", "chunks of 7"])
+def test_recorded_steps(way):
+    served = drafted(random_head(), enable_prefix_cache=False, **WAYS[way])
+    served.runner.record(token_sizes(128), 640 // 32, rerun)
     checked = Checked(served)
     logits_of(served, PROMPTS)
     assert checked.num_checked > 15

@@ -12,13 +12,16 @@ import torch
 from kvkeye.engine import Engine, EngineConfig
 from kvkeye.engine import engine as engine_module
 from kvkeye.engine import warm_up as warm_up_module
+from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.graphs import rerun
+from kvkeye.models.draft.config import HeadConfig
+from kvkeye.models.draft.head import DraftHead
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.parsing import OutputParser
 from kvkeye.testing.tiny import tiny_keye_config
 from tests.engine.scripted import ScriptedDrafter
 from tests.engine.tiny import Processor, greedy, picture, prompt
-from tests.fake_gpu import GPU, fake_gpu
+from tests.fake_gpu import GPU, fake_gpu, zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 GIB = 1 << 30
@@ -43,14 +46,14 @@ def served_by(version="preview", drafter=None, **config):
         return Engine(EngineConfig(**values | config), model, Processor(), OutputParser, drafter)
 
 
-def steps(served, *prompts):
+def steps(served, *prompts, answer=zeros):
     """(rows with tokens to draw, shapes read from the device) of every step; prompts are made of real tensors."""
     for i, prepared in enumerate(prompts):
         served.add(str(i), prepared, greedy(6, logprobs=2 if i == 1 else None))
     found = []
     while served.has_work:
         reads = []
-        with fake_gpu(reads):
+        with fake_gpu(reads, answer):
             outputs = served.step()
         assert [output.error for output in outputs if output.error] == []
         found.append((len(outputs), reads))
@@ -68,18 +71,43 @@ def test_a_step_reads_once_and_mixes_no_devices(gpu, version, enforce_eager):
     assert served.stats().num_encoder_steps > 0
 
 
-def test_verification_reads_three_times(gpu):
-    """Drawn tokens, the rows they were drawn from, and their counts; recorded with and without trees."""
+PROPOSING = {"num_speculative_tokens": 3, "tree_width": 2, "adaptive": False}
+
+
+def test_verification_reads_once(gpu):
+    """Drawn tokens, the rows they were drawn from, and their counts in one piece; recorded with and without trees."""
     drafter = ScriptedDrafter(lambda seq: [0, 0, 0], 320, accuracy=0.9, width=2, depth=3)
-    served = served_by(drafter=drafter, speculation={"num_speculative_tokens": 3, "tree_width": 2, "adaptive": False})
+    served = served_by(drafter=drafter, speculation=PROPOSING)
     served.add("a", prompt(0, 20), greedy(8))
-    counts = set()
-    for _ in range(6):
+    while served.has_work:
         reads = []
-        with fake_gpu(reads):
+        with fake_gpu(reads, one_drawn):
             served.step()
-        counts.add(len(reads))
-    assert counts <= {1, 3} and drafter.num_drafts > 0
+        assert len(reads) == 1
+    assert drafter.num_drafts > 5
+
+
+def one_drawn(shape):
+    """What a draft head proposes is a chain; of every tree one token is drawn, somewhere in the second row."""
+    if len(shape) == 3:
+        rows, _, count = shape
+        return [[[1.0] * count, [i - 1.0 for i in range(count)], [0.5] * count]] * rows
+    return [1] * shape[0]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_draft_head_reads_once_more(gpu, enforce_eager):
+    """Its proposals, then what is drawn, then log-probabilities of these; what it watches moves nothing to the host."""
+    served = served_by(drafter=head_on_gpu(), speculation=PROPOSING, max_prefill_chunk=19, enforce_eager=enforce_eager)
+    found = steps(served, prompt(0, 30), prompt(2, 40, picture(1, (1, 6, 10))), answer=one_drawn)
+    assert served.stats().speculation.num_drafts > 4
+    assert {len(reads) for _, reads in found} == {0, 1, 2, 3} and max(rows for rows, _ in found) == 2
+
+
+def head_on_gpu():
+    with fake_gpu(), torch.device(GPU):
+        target = KeyeModel(tiny_keye_config())
+        return HeadDrafter(DraftHead(HeadConfig.for_target(target.config.text, "0" * 64, (0, 1, 2))), target, width=2)
 
 
 def test_what_passes_take_is_left_free(gpu, caplog):

@@ -21,6 +21,7 @@ from kvkeye.engine.staging import ALIGNMENT, Layout, staged, tensors_of, to_devi
 from kvkeye.models.keye.positions import MediaGrid
 from kvkeye.testing.tiny import tiny_keye_model
 from tests.engine import test_bits, test_speculation
+from tests.engine.heads import drafted, random_head
 from tests.engine.logits import check_lossless, logits_of, preempt_often
 from tests.engine.test_bits import MANY, PROMPTS, check
 from tests.engine.tiny import greedy, model, prompt
@@ -97,6 +98,58 @@ def test_verification_of_proposals(width):
     assert counts.num_accepted_tokens > 50 and steps.num_replays > 15
 
 
+class Seen:
+    """An observer that keeps copies of what it is shown, and where the originals lay."""
+
+    depths = (0, 1, 2)
+
+    def __init__(self):
+        self.steps, self.places = [], set()
+
+    def observe(self, batch, embeds, features, accepted):
+        rows = batch.bounds[-1]
+        self.steps.append((embeds[:rows].clone(), features[:rows].clone(), accepted))
+        self.places.add((embeds.data_ptr(), features.data_ptr()))
+
+
+@pytest.mark.parametrize("version, dtype", [("preview", torch.float32), ("1.5", torch.bfloat16)])
+@pytest.mark.parametrize("width", [1, 3])
+def test_an_observer_sees_what_a_plain_pass_shows(width, version, dtype):
+    """Embeddings, features and accepted proposals of every step; those of all recorded sizes lie in one place."""
+    shown = []
+    for is_recorded in (False, True):
+        served = test_speculation.scripted(version, dtype, width=width, max_prefill_chunk=19)
+        served.runner.observer = seen = Seen()
+        steps = Counting()
+        if is_recorded:
+            served.runner.record(token_sizes(256), 640 // 32, steps, trees=True)
+        check_lossless(served, PROMPTS, test_speculation.truth(version, dtype))
+        shown.append(seen)
+    plain, recorded_ = (seen.steps for seen in shown)
+    assert len(plain) == len(recorded_) and steps.num_replays > len(plain) / 2
+    for (embeds, features, accepted), (*others, also_accepted) in zip(plain, recorded_):
+        assert torch.equal(embeds, others[0]) and torch.equal(features, others[1]) and accepted == also_accepted
+    assert len(shown[1].places) <= 1 + len(plain) - steps.num_replays
+
+
+def test_accepted_proposals_are_named_by_their_place_in_the_step():
+    """In a prompt's own pass too, where other tokens come before the tree."""
+    served = test_speculation.scripted(width=2, accuracy=1.0)
+    served.runner.observer = seen = Seen()
+    tables = served.runner.model.language.embed_tokens.weight
+    served.add("long", PROMPTS["long"](), greedy(16))
+    tokens = []
+    while served.has_work:
+        (output,) = served.step()
+        embeds, _, accepted = seen.steps[-1]
+        drawn = output.outputs[0].token_ids[len(tokens) :]
+        for places in accepted.values():
+            assert len(places) == len(drawn)
+            assert torch.equal(embeds[places[1:]], tables[drawn[:-1]])  # each is drawn after the one before it
+        tokens += drawn
+    assert len(seen.steps) < 8
+
+
 def test_whatever_lies_in_unwritten_blocks():
     served, _, _ = recorded(test_bits.served_by())
     for cache in (*served.runner.k_caches, *served.runner.v_caches):
@@ -141,8 +194,8 @@ def test_padding_writes_nothing_and_is_not_read(lengths):
     size = smallest(token_sizes(32), sum(lengths))
     before = [cache.clone() for cache in (*runner.k_caches, *runner.v_caches)]
     with torch.inference_mode(), ops.use_backends("cpp"):
-        logits = runner._all_logits(padded(inputs, size, WIDTH))
-        expected = plain._all_logits(inputs)
+        (logits,) = runner._all_rows(padded(inputs, size, WIDTH))
+        (expected,) = plain._all_rows(inputs)
     assert len(logits) == size and torch.equal(logits[: sum(lengths)], expected)
     block, offset = inputs.slot_mapping // 32, inputs.slot_mapping % 32
     for cache, old in zip((*runner.k_caches, *runner.v_caches), before):
@@ -151,14 +204,16 @@ def test_padding_writes_nothing_and_is_not_read(lengths):
         assert torch.equal(cache.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("observer", [None, Seen()], ids=["plain", "observed"])
 @pytest.mark.parametrize("trees", [False, True])
-def test_recorded_steps_read_no_value_and_keep_their_shapes(trees):
+def test_recorded_steps_read_no_value_and_keep_their_shapes(trees, observer):
     """On the meta device there is nothing to read, and nothing that depends on a value has a shape."""
-    runner = Runner(tiny_keye_model().to("meta"), 4, 32)
+    runner = Runner(tiny_keye_model().to("meta"), 4, 32, observer=observer)
     inputs = replace(step_of([1, 4, 1]), tree_mask=torch.ones(6, dtype=torch.int64) if trees else None)
     inputs, _ = to_device(padded(inputs, 8, WIDTH), torch.device("meta"))
     with torch.inference_mode(), Watch() as watch:
-        assert runner._all_logits(inputs).shape == (8, 320)
+        shapes = [rows.shape for rows in runner._all_rows(inputs)]
+    assert shapes == [(8, 320), (8, 128), (8, 384)][: 1 if observer is None else 3]
     layers = len(runner.model.language.layers)
     assert watch.seen.count("paged_attention") == watch.seen.count("qk_norm_mrope_append") == layers
 
@@ -176,13 +231,15 @@ def test_buffers_stay_where_they_are_and_the_largest_is_recorded_first():
     def body(inputs):
         sizes.append(len(inputs.token_ids))
         seen.append([tensor.data_ptr() for tensor in tensors_of(inputs)])
-        return torch.zeros(len(inputs.token_ids), 8)
+        return [torch.zeros(len(inputs.token_ids), width) for width in (8, 3)]
 
-    graphs = DecodeGraphs(body, torch.zeros(4, 8), [1, 2, 4], WIDTH, rerun)
+    outputs = [torch.zeros(4, 8), torch.zeros(4, 3)]
+    graphs = DecodeGraphs(body, outputs, [1, 2, 4], WIDTH, rerun)
     assert sizes == [4, 2, 1]
     for lengths in ([1, 1, 1], [4], [1, 2]):
         inputs, packed = to_device(padded(step_of(lengths), 4, WIDTH), CPU)
-        graphs(inputs, packed)
+        found = graphs(inputs, packed)
+        assert [rows.data_ptr() for rows in found] == [rows.data_ptr() for rows in outputs]
     assert seen[3:] == [seen[0]] * 3
 
 
@@ -207,6 +264,22 @@ def test_a_step_reads_from_the_device_once(monkeypatch):
     with Watch():
         outputs = served.step()
     assert len(outputs) == 4 and len(reads) == 1
+
+
+def test_a_step_with_a_draft_head_reads_its_proposals_and_what_was_drawn(monkeypatch):
+    served, steps, _ = recorded(drafted(random_head(), width=2, speculation={"tree_width": 2}), most=64, trees=True)
+    for i in range(4):
+        served.add(str(i), prompt(i, 20), greedy(24))
+    while served.scheduler.waiting or any(seq.num_generated < 2 for seq in served.scheduler.running):
+        served.step()
+    reads, tolist, num_replays = [], torch.Tensor.tolist, steps.num_replays
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or tolist(tensor))
+    with Watch():
+        outputs = served.step()
+    assert len(outputs) == 4 and len(reads) == 2 and steps.num_replays == num_replays + 1
+    outputs = {rows.untyped_storage().data_ptr() for rows in served.runner._graphs._outputs}
+    kept = served.speculation.drafter._rows.values()
+    assert kept and outputs.isdisjoint(row.features.untyped_storage().data_ptr() for row in kept)
 
 
 # The encoder

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
-from kvkeye.engine.load_drafter import load_drafter
+from kvkeye.engine.loading import load_drafter
 from kvkeye.train.data import questions_of
 from kvkeye.train.heads.data import messages
 from tests.engine.logits import check_lossless, plain_answers, preempt_often

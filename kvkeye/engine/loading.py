@@ -1,8 +1,11 @@
-"""Drafters with weights of their own, from the folders that a configuration names."""
+"""From a configuration to what an engine is made of: the model, its processor, the drafter."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+
+import torch
 
 from kvkeye.engine.backends import serving_backends
 from kvkeye.engine.block_manager import ceil_div
@@ -10,13 +13,39 @@ from kvkeye.engine.config import EngineConfig, SpeculationConfig
 from kvkeye.engine.draft import Drafter
 from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.draft_model import DraftModel
-from kvkeye.engine.memory import DEFAULT_MAX_MODEL_LEN
+from kvkeye.engine.machine import default_device, default_dtype
+from kvkeye.engine.memory import DEFAULT_MAX_MODEL_LEN, check_weights_fit
 from kvkeye.errors import ConfigError
-from kvkeye.layers import pack_weights
+from kvkeye.layers import pack_weights, quantize_weights
 from kvkeye.models.draft.weights import load_head, target_hash
 from kvkeye.models.keye.model import KeyeModel
+from kvkeye.models.keye.processor import KeyeProcessor
 from kvkeye.models.keye.weights import check_folder, load_model
 from kvkeye.utils.assets import folder_of
+
+logger = logging.getLogger("kvkeye.engine")
+
+
+def load_target(config: EngineConfig) -> tuple[KeyeModel, KeyeProcessor]:
+    """The checkpoint that `config.model` names. ConfigError, WeightError or CapacityError before memory is taken."""
+    device = torch.device(config.device) if config.device else default_device()
+    dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
+    if config.quantization is not None and device.type != "cpu":
+        raise ConfigError(
+            f"EngineConfig.quantization: {config.quantization} weights run on the CPU; the device is {device}. "
+            "Leave it out, or choose device='cpu'."
+        )
+    report = check_folder(config.model)
+    check_weights_fit(report.num_loaded * dtype.itemsize, device)
+    processor = KeyeProcessor.from_folder(config.model, media_workers=config.media_workers)
+    if dtype == torch.bfloat16:
+        processor.pixel_dtype = dtype
+    model = load_model(config.model, dtype, device)
+    if config.quantization == "int8":
+        quantize_weights(model.language)
+    pack_weights(model)
+    logger.info("%s: %s on %s", config.model, dtype, device)
+    return model, processor
 
 
 def load_drafter(config: EngineConfig, target: KeyeModel) -> Drafter | None:
