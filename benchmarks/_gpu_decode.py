@@ -1,29 +1,52 @@
-"""What benchmarks/gpu.py times of the engine: a decode step of Qwen3-8B's geometry.
+"""What benchmarks/gpu.py times of the engine: steps of Qwen3-8B's geometry.
 
-Recorded and not, free and invariant; random weights. The limit is reading every weight and every
-key and value of the context once.
+A decode step, and one that verifies a chain of proposals and shows a draft head the features of three depths. Recorded
+and not, free and invariant; random weights. The limit is reading every weight and every key and value of the context
+once.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from _engine_checkpoint import GEOMETRIES, Geometry
+from _engine_checkpoint import GEOMETRIES
 from torch import Tensor
 
 from kvkeye.engine.backends import SERVING_OPS, gpu_backends, gpu_choice
-from kvkeye.engine.batch import TokenInputs
-from kvkeye.engine.graphs import CudaRecorder, rerun
+from kvkeye.engine.batch import ForwardBatch, TokenInputs
+from kvkeye.engine.decode_graphs import padded
+from kvkeye.engine.graphs import CudaRecorder, Recorder, rerun
 from kvkeye.engine.runner import Runner
 from kvkeye.engine.staging import to_device
+from kvkeye.models.keye.config import KeyeConfig
 from kvkeye.models.keye.model import KeyeModel
 
 BLOCK = 32
 Times = Callable[[list[Callable[[], Any]], int], list[float]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The last `fresh` tokens of each of `batch` rows of `context`; with more than one a draft head sees features."""
+
+    geometry: str
+    batch: int
+    context: int
+    fresh: int = 1
+
+    @property
+    def key(self) -> str:
+        return f"{self.geometry}/{self.batch}x{self.context}" + (f"/head {self.fresh}" if self.fresh > 1 else "")
+
+
+STEPS = (Step("qwen3-8b", 1, 4096), Step("qwen3-8b", 1, 4096, 8))
+TINY_STEPS = (Step("tiny", 1, 64), Step("tiny", 2, 64, 3))
 
 
 def wall_times(sides: list[Callable[[], Any]], repeats: int) -> list[float]:
@@ -37,10 +60,10 @@ def wall_times(sides: list[Callable[[], Any]], repeats: int) -> list[float]:
     return [statistics.median(record) for record in times]
 
 
-def random_model(geometry: Geometry, device: torch.device) -> KeyeModel:
+def random_model(config: KeyeConfig, device: torch.device) -> KeyeModel:
     """In bf16, filled on the device; matrices keep the size of what goes through them."""
     with torch.device("meta"):
-        model = KeyeModel(geometry.config()).to(torch.bfloat16)
+        model = KeyeModel(config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -48,68 +71,81 @@ def random_model(geometry: Geometry, device: torch.device) -> KeyeModel:
     return model
 
 
-def decode_inputs(batch: int, context: int) -> TokenInputs:
-    """One new token of each of `batch` rows, the last of `context`, blocks in shuffled order."""
-    width = -(-context // BLOCK)
-    table = torch.randperm(batch * width, generator=torch.Generator().manual_seed(1)).view(batch, width)
-    place = context - 1
+def serving_orders(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The order of implementations that an engine serves with, free and invariant."""
+    orders = {"free": "", "invariant": "cpp"}
+    if device.type == "cuda":
+        for way in orders:
+            choices = [gpu_choice(op, dtype, way == "invariant") for op in SERVING_OPS if op != "verify_draft"]
+            orders[way] = gpu_backends(choices, device, way == "invariant")
+    return orders
+
+
+def recorder(device: torch.device) -> Recorder:
+    return CudaRecorder(device) if device.type == "cuda" else rerun
+
+
+def inputs_of(step: Step) -> TokenInputs:
+    """On the host; blocks in shuffled order."""
+    width, count = -(-step.context // BLOCK), step.batch * step.fresh
+    table = torch.randperm(step.batch * width, generator=torch.Generator().manual_seed(1)).view(step.batch, width)
+    places = torch.arange(step.context - step.fresh, step.context)
     return TokenInputs(
-        token_ids=torch.arange(batch),
-        positions=torch.full((3, batch), place),
+        token_ids=torch.arange(count),
+        positions=places.repeat(3, step.batch),
         block_table=table.int(),
-        cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32),
-        context_lens=torch.full((batch,), context, dtype=torch.int32),
-        slot_mapping=table[:, place // BLOCK] * BLOCK + place % BLOCK,
+        cu_seqlens_q=torch.arange(0, count + 1, step.fresh, dtype=torch.int32),
+        context_lens=torch.full((step.batch,), step.context, dtype=torch.int32),
+        slot_mapping=(table[:, places // BLOCK] * BLOCK + places % BLOCK).flatten(),
     )
 
 
-class Side:
-    """One way to run the step: a runner over caches and weights that all sides share."""
+class Features:
+    """Has three depths looked at, as an EAGLE-3 head does, and looks at nothing itself."""
 
-    def __init__(self, model: KeyeModel, caches: tuple[list[Tensor], list[Tensor]], backends: str) -> None:
-        self.runner = Runner(model, 0, BLOCK, backends)
-        self.runner.k_caches, self.runner.v_caches = caches
+    def __init__(self, num_layers: int) -> None:
+        self.depths = (2, num_layers // 2, num_layers - 3) if num_layers > 8 else (0, 1, 2)
 
-    def eager(self, inputs: TokenInputs) -> Tensor:
-        with self.runner._forced():
-            return self.runner._all_rows(inputs)[0]
+    def observe(self, batch: ForwardBatch, embeds: Tensor, features: Tensor, accepted: Mapping[int, list[int]]) -> None:
+        """The pass alone is timed."""
 
-    def recorded(self, inputs: TokenInputs, packed: Tensor) -> Callable[[], Tensor]:
-        batch, width = inputs.block_table.shape
-        record = CudaRecorder(packed.device) if packed.is_cuda else rerun
-        self.runner.record([batch], width, record)
-        graphs = self.runner._graphs
-        assert graphs is not None
-        return lambda: graphs(inputs, packed)
+
+def recorded(runner: Runner, inputs: TokenInputs, device: torch.device) -> Callable[[], Sequence[Tensor]]:
+    size, width = len(inputs.token_ids), inputs.block_table.shape[1]
+    runner.record([size], width, recorder(device))
+    graphs = runner._graphs
+    assert graphs is not None
+    moved, packed = to_device(padded(inputs, size, width), device)
+    return lambda: graphs(moved, packed)
+
+
+def eager(runner: Runner, inputs: TokenInputs) -> Sequence[Tensor]:
+    with runner._forced():
+        return runner._all_rows(inputs)
 
 
 @torch.inference_mode()
-def decode_row(
-    device: torch.device, batch: int, context: int, bandwidth: float | None, times: Times, name: str = "qwen3-8b"
-) -> dict[str, Any]:
+def decode_row(step: Step, device: torch.device, times: Times, bandwidth: float | None) -> dict[str, Any]:
     """Figures of one step, after the recorded sides gave the bits of the eager ones."""
-    geometry = GEOMETRIES[name]
-    model = random_model(geometry, device)
-    inputs, packed = to_device(decode_inputs(batch, context), device)
-    text = geometry.text
-    shape = (batch * inputs.block_table.shape[1], text.num_key_value_heads, BLOCK, text.head_dim)
-    caches: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for layers in caches:
-        layers += [torch.randn(shape, device=device).to(model.dtype) for _ in range(text.num_hidden_layers)]
-    specifications = {"free": "", "invariant": "cpp"}
-    if device.type == "cuda":
-        for way in specifications:
-            choices = [gpu_choice(op, model.dtype, way == "invariant") for op in SERVING_OPS if op != "verify_draft"]
-            specifications[way] = gpu_backends(choices, device, way == "invariant")
-    sides: dict[str, Callable[[], Tensor]] = {}
-    for way, backends in specifications.items():
-        side = Side(model, caches, backends)
-        sides[f"{way}, recorded"] = side.recorded(inputs, packed)
-        sides[f"{way}, eager"] = lambda side=side: side.eager(inputs)  # type: ignore[misc]
-        equal = torch.equal(sides[f"{way}, recorded"](), sides[f"{way}, eager"]())
-        assert equal, f"the recorded {way} step gives other bits than the eager one"
+    geometry = GEOMETRIES[step.geometry]
+    text, model = geometry.text, random_model(geometry.config(), device)
+    inputs = inputs_of(step)
+    moved, _ = to_device(inputs, device)
+    shape = (inputs.block_table.numel(), text.num_key_value_heads, BLOCK, text.head_dim)
+    caches = [
+        [torch.randn(shape, device=device).to(model.dtype) for _ in range(text.num_hidden_layers)] for _ in range(2)
+    ]
+    observer = Features(text.num_hidden_layers) if step.fresh > 1 else None
+    sides: dict[str, Callable[[], Sequence[Tensor]]] = {}
+    for way, backends in serving_orders(device, model.dtype).items():
+        runner = Runner(model, 0, BLOCK, backends, observer)
+        runner.k_caches, runner.v_caches = caches
+        sides[f"{way}, recorded"] = recorded(runner, inputs, device)
+        sides[f"{way}, eager"] = partial(eager, runner, moved)
+        pairs = zip(sides[f"{way}, recorded"](), sides[f"{way}, eager"](), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), f"the recorded {way} step gives other bits than the eager one"
     found = dict(zip(sides, times(list(sides.values()), 20), strict=True))
-    num_bytes = geometry.weight_bytes() + geometry.kv_bytes(batch, context)
+    num_bytes = geometry.weight_bytes() + geometry.kv_bytes(step.batch, step.context)
     return {
         "ms": found["free, recorded"],
         "sides_ms": found,

@@ -1,7 +1,7 @@
 """What benchmarks/gpu.py checks of the engine.
 
-Parity with the CPU, recorded passes, bits that do not depend on the batch, one wait of the host per step; on
-the bundled tiny-keye, with pictures and clips.
+Parity with the CPU, recorded passes, bits that do not depend on the batch, proposals of a draft head, one wait of the
+host per step; on the bundled tiny-keye, with pictures and clips.
 """
 
 from __future__ import annotations
@@ -119,6 +119,14 @@ def _assert_equal(found: Answers, expected: Answers) -> None:
     assert not wrong, f"questions {', '.join(wrong)} of {len(expected)} have other bits"
 
 
+def head_equals_plain(device: str, dtype: str) -> str:
+    """Recorded steps that a draft head watches and whose proposals are verified, beside plain ones."""
+    head = {"method": "eagle3", "model": "tiny-keye-eagle3", "num_speculative_tokens": 7}
+    found = answered(device, dtype, True, invariant=True, speculation=head)
+    _assert_equal(found, answered(device, dtype, False, invariant=True))
+    return "pass"
+
+
 def waits_per_step(device: str, dtype: str) -> str:
     """A decoding step makes the host wait once: when it reads the drawn tokens and their log-probabilities."""
     if device == "cpu":
@@ -147,5 +155,5 @@ def engine_checks(device: str) -> Iterator[tuple[str, Check]]:
     """(key, check) of every row."""
     for dtype in ("float32", "bfloat16"):
         yield f"engine/parity/{dtype}", partial(parity, device, dtype)
-    for check in (replay_equals_eager, alone_equals_together, waits_per_step):
+    for check in (replay_equals_eager, alone_equals_together, head_equals_plain, waits_per_step):
         yield f"engine/{check.__name__}", partial(check, device, "bfloat16")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from _measure import Bar, Peer, Row
+from _vision_geometry import SIGLIP, TINY, num_flops
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.models.paddleocr_vl import modeling_paddleocr_vl as paddle
@@ -15,15 +16,6 @@ from kvkeye.layers import pack_weights
 from kvkeye.models.keye.config import VisionConfig
 from kvkeye.models.keye.positions import MediaGrid
 from kvkeye.models.keye.vision import VisionTower
-
-SIGLIP = VisionConfig(
-    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=384,
-    patch_size=14, spatial_merge_size=2, tokens_per_second=2.0,
-)  # fmt: skip
-TINY = VisionConfig(
-    hidden_size=144, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, image_size=98,
-    patch_size=14, spatial_merge_size=2, tokens_per_second=2.0,
-)  # fmt: skip
 
 
 def tower_row(side: int, quick: bool) -> Row:
@@ -110,9 +102,3 @@ def agree(outputs: list[Tensor]) -> None:
         similarity = torch.nn.functional.cosine_similarity(mine, other, dim=-1).min().item()
         if similarity < 0.995:
             raise AssertionError(f"tower: least cosine with the peer's features is {similarity:.4f}")
-
-
-def num_flops(config: VisionConfig, patches: int) -> float:
-    d, wide = config.hidden_size, config.intermediate_size
-    per_layer = 2 * patches * (4 * d * d + 2 * d * wide) + 4 * patches**2 * d
-    return float(config.num_hidden_layers * per_layer + 2 * patches * d * config.patch_dim)

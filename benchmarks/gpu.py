@@ -7,8 +7,9 @@
 
 Steps, in order: conformance (every row of the case table for `cuda` and `triton`, against float64), graphs (a replayed
 graph gives the bits of the plain call), bits (a row's attention does not depend on its batch), engine (tiny-keye beside
-the CPU, recorded passes, bits, waits), decode (a step of Qwen3-8B's geometry), attention (beside SDPA, FlexAttention,
-varlen_attn and FlashInfer), timing, sanitizer (compute-sanitizer on the `cuda` rows in bf16, where it is installed).
+the CPU, recorded passes, bits, waits), decode (steps of Qwen3-8B's geometry, one of them with a draft head), encode
+(passes of the 8B tower), attention (beside SDPA, FlexAttention, varlen_attn and FlashInfer), timing, sanitizer
+(compute-sanitizer on the `cuda` rows in bf16, where it is installed).
 Each row is one line of JSON, written when it is done: started again, the command goes on where it stopped, and repeats
 what failed.
 Exit code: 0 all passed, 1 a row failed, 3 no GPU, 4 time ran out (start it again).
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from _gpu_attention import attention_row, attention_rows
 from _gpu_checks import DTYPES, bits, conformance, graphs, outputs_of
-from _gpu_decode import decode_row, wall_times
+from _gpu_decode import STEPS as STEPS_OF_8B
+from _gpu_decode import TINY_STEPS, Times, decode_row, wall_times
+from _gpu_encode import PACKS, TINY_PACKS, encode_row
 from _gpu_engine import engine_checks
 from _gpu_needs import needs
 from _gpu_sanitizer import sanitized
@@ -39,7 +43,7 @@ from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
 from kvkeye.testing.compare import copied
 
-STEPS = ("conformance", "graphs", "bits", "engine", "decode", "attention", "timing", "sanitizer")
+STEPS = ("conformance", "graphs", "bits", "engine", "decode", "encode", "attention", "timing", "sanitizer")
 IMPLEMENTATIONS = ("cuda", "triton")
 FAILED, NO_GPU, OUT_OF_TIME = 1, 3, 4
 FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
@@ -139,47 +143,65 @@ def timing(record: Record, deadline: float) -> bool:
     return True
 
 
-def decoding(record: Record, deadline: float, is_rehearsal: bool) -> bool:
-    """A decode step of Qwen3-8B's geometry; rehearsed on a tiny one. False where time ran out."""
-    key = f"decode/{'tiny/1x64' if is_rehearsal else 'qwen3-8b/1x4096'}"
-    if record.done(key):
-        return True
-    if time.monotonic() > deadline:
-        return False
-    try:
-        if is_rehearsal:
-            figures = decode_row(torch.device("cpu"), 1, 64, None, wall_times, "tiny")
-        else:
-            figures = decode_row(torch.device("cuda"), 1, 4096, copy_bandwidth(), event_times)
-    except Exception as error:
-        record.add(key, f"fail: {type(error).__name__}: {error}")
-        print(f"{key}: {error}")
-        return True
-    record.add(key, "pass", **figures)
-    sides = ", ".join(f"{side} {ms:.3f} ms" for side, ms in figures["sides_ms"].items())
-    share = figures["share_of_copy"]
-    print(f"{key}: {sides}" + (f"; {share:.0%} of copy" if share else ""))
-    return True
+Measured = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 
-def attending(record: Record, deadline: float, is_rehearsal: bool) -> bool:
-    """Attention beside its peers; rehearsed on tiny shapes. False where time ran out."""
-    names, bandwidth = (("cpp",), None) if is_rehearsal else (IMPLEMENTATIONS, copy_bandwidth())
-    device, times = torch.device("cpu" if is_rehearsal else "cuda"), wall_times if is_rehearsal else event_times
+def decoding(is_rehearsal: bool) -> Measured:
+    """Steps of Qwen3-8B's geometry; rehearsed on a tiny one."""
+    device, times, bandwidth = _ways(is_rehearsal)
+    for step in TINY_STEPS if is_rehearsal else STEPS_OF_8B:
+        yield f"decode/{step.key}", partial(decode_row, step, device, times, bandwidth)
+
+
+def encoding(is_rehearsal: bool) -> Measured:
+    """Encoder passes of the 8B checkpoints' tower; rehearsed on a tiny one."""
+    device, times, _ = _ways(is_rehearsal)
+    for pictures, side in TINY_PACKS if is_rehearsal else PACKS:
+        key = f"encode/{'tiny' if is_rehearsal else 'siglip'}/{pictures}x{side * side}"
+        yield key, partial(encode_row, pictures, side, device, times, is_rehearsal)
+
+
+def attending(is_rehearsal: bool) -> Measured:
+    """Attention beside its peers; rehearsed on tiny shapes."""
+    device, times, bandwidth = _ways(is_rehearsal)
+    names = ("cpp",) if is_rehearsal else IMPLEMENTATIONS
     for key, shape, implementation in attention_rows(names, is_rehearsal):
+        yield key, partial(attention_row, shape, implementation, device, times, bandwidth)
+
+
+def _ways(is_rehearsal: bool) -> tuple[torch.device, Times, float | None]:
+    """Where, by which clock, beside which bandwidth."""
+    if is_rehearsal:
+        return torch.device("cpu"), wall_times, None
+    return torch.device("cuda"), event_times, copy_bandwidth()
+
+
+def told(figures: dict[str, Any]) -> str:
+    """A line of a row that was timed."""
+    notes = [f"{figures['ms']:.3f} ms"]
+    if rate := figures.get("tflop_per_s"):
+        notes.append(f"{rate:.0f} TFLOP/s")
+    if share := figures.get("share_of_copy"):
+        notes.append(f"{share:.0%} of copy")
+    beside = figures["sides_ms"] if "sides_ms" in figures else figures["peers_ms"]
+    return ", ".join(notes) + "; " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in beside.items())
+
+
+def measured(rows: Measured, record: Record, deadline: float) -> bool:
+    """Checks and times what is not done yet; False where time ran out."""
+    for key, measure in rows:
         if record.done(key):
             continue
         if time.monotonic() > deadline:
             return False
         try:
-            figures = attention_row(shape, implementation, device, times, bandwidth)
+            figures = measure()
         except Exception as error:
             record.add(key, f"fail: {type(error).__name__}: {error}")
             print(f"{key}: {error}")
             continue
         record.add(key, "pass", **figures)
-        peers = ", ".join(f"{name} {ms:.3f} ms" for name, ms in figures["peers_ms"].items())
-        print(f"{key}: {figures['ms']:.3f} ms, {figures['tflop_per_s']:.0f} TFLOP/s; {peers}")
+        print(f"{key}: {told(figures)}")
     return True
 
 
@@ -238,8 +260,9 @@ def main() -> int:
         "conformance": lambda: checked(conformance(names, device), record, deadline, options.only),
         "bits": lambda: checked(bits(names, device), record, deadline),
         "engine": lambda: checked(engine_checks(device), record, deadline),
-        "attention": lambda: attending(record, deadline, options.rehearse),
-        "decode": lambda: decoding(record, deadline, options.rehearse),
+        "decode": lambda: measured(decoding(options.rehearse), record, deadline),
+        "encode": lambda: measured(encoding(options.rehearse), record, deadline),
+        "attention": lambda: measured(attending(options.rehearse), record, deadline),
     }
     if not options.rehearse:
         steps["graphs"] = lambda: checked(graphs(names, device), record, deadline)

@@ -105,14 +105,15 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
 def test_the_gpu_benchmark_rehearses_the_engine(tmp_path):
-    """tiny-keye, a decode step of a small geometry and tiny attention beside peers, on the CPU's kernels."""
+    """tiny-keye, steps and encoder passes of a small geometry, tiny attention beside peers, on the CPU's kernels."""
     rows = tmp_path / "rows.jsonl"
-    output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "attention", "--json", str(rows))
+    output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "encode", "attention", "--json", str(rows))
     found = {row["key"]: row for row in map(json.loads, rows.read_text().splitlines())}
     verdicts = {key: row["status"].partition(":")[0] for key, row in found.items()}
-    assert verdicts.pop("engine/waits_per_step") == "refuse" and len(verdicts) == 8, output
+    assert verdicts.pop("engine/waits_per_step") == "refuse" and len(verdicts) == 12, output
     assert set(verdicts.values()) == {"pass"}, output
-    assert len(found["decode/tiny/1x64"]["sides_ms"]) == 4
+    for key in ("decode/tiny/1x64", "decode/tiny/2x64/head 3", "encode/tiny/1x256", "encode/tiny/4x64"):
+        assert len(found[key]["sides_ms"]) == 4
     for key in (key for key in found if key.startswith("attention/")):
         assert {"SDPA math", "FlexAttention"} <= set(found[key]["peers_ms"]), found[key]["left_out"]
 
