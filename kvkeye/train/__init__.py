@@ -1,6 +1,6 @@
 """Training through the same layers and ops that serve: scenes, data, losses, recipes, trainer.
 
-`run(recipe, overrides)` trains; `python -m kvkeye.train recipe.toml name=value ...` does the same from a shell.
+`run(recipe, overrides)` trains on chats about scenes; `kvkeye train` trains any recipe from a shell.
 """
 
 from __future__ import annotations

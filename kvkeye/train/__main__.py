@@ -1,6 +1,5 @@
-"""Trains a recipe, or scores a folder: a checkpoint trained on scenes, or a pipeline trained on clips.
+"""Scores a folder: a checkpoint trained on scenes, or a pipeline trained on clips. `kvkeye train RECIPE` trains.
 
-python -m kvkeye.train recipe.toml steps=100 optimizer.lr=1e-3
 python -m kvkeye.train evaluate FOLDER [count=500] [card=true] [quantization=int8]
 python -m kvkeye.train evaluate PIPELINE [count=192] [card=true]
 """
@@ -52,19 +51,14 @@ def evaluate_clips(folder: Path, count: int, card: bool) -> None:
 
 def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if not arguments:
+    if len(arguments) < 2 or arguments[0] != "evaluate":
         raise SystemExit(__doc__)
-    if arguments[0] == "evaluate":
-        options = parse_overrides(arguments[2:])
-        folder, card = Path(arguments[1]), bool(options.get("card", False))
-        if (folder / "model_index.json").is_file():
-            evaluate_clips(folder, int(options.get("count", 192)), card)
-        else:
-            evaluate_folder(folder, int(options.get("count", 500)), card, options.get("quantization"))
-        return
-    from kvkeye.train.trainer import run
-
-    print(run(Path(arguments[0]), parse_overrides(arguments[1:])))
+    options = parse_overrides(arguments[2:])
+    folder, card = Path(arguments[1]), bool(options.get("card", False))
+    if (folder / "model_index.json").is_file():
+        evaluate_clips(folder, int(options.get("count", 192)), card)
+    else:
+        evaluate_folder(folder, int(options.get("count", 500)), card, options.get("quantization"))
 
 
 if __name__ == "__main__":

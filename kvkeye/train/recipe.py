@@ -82,6 +82,11 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         ConfigError: an unknown, missing or mistyped entry, by name.
     """
     data = read_toml(path, overrides)
+    if (kind := data.get("kind")) is not None:
+        raise ConfigError(
+            f"recipe {path}: kind is {kind!r}; recipes for chats have none, and `kvkeye train FILE` runs those of kind "
+            "'draft' or 'video' too."
+        )
     stages = tuple(_stage(entry, path) for entry in data.pop("stages", []))
     if not stages or stages[0].start != 0 or any(a.start >= b.start for a, b in itertools.pairwise(stages)):
         raise ConfigError(f"recipe {path}: [[stages]] must begin at start = 0 and ascend; correct their starts")

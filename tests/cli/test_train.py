@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvkeye.cli.train import RECIPES, recipe_path
+from kvkeye.train.__main__ import main as score
 from tests.train.tiny import write_recipe
 
 
@@ -31,9 +32,17 @@ def test_bundled_recipes_go_by_name(tmp_path, monkeypatch):
         (["gone.toml"], ["'gone.toml'", "sft.toml"]),
         (["sft.toml", "steps"], ["'steps'", "name=value"]),
         (["sft.toml", "speed=9"], ["speed", "known are"]),
+        (["KIND"], ["kind is 'clips'", "'draft' or 'video'"]),
     ],
 )
-def test_unusable_recipes(call, words, parts):
-    done = call("train", *words)
+def test_unusable_recipes(call, words, parts, tmp_path):
+    (tmp_path / "kind.toml").write_text('kind = "clips"\n')
+    done = call("train", *(tmp_path / "kind.toml" if word == "KIND" else word for word in words))
     assert done.code == 2 and done.out == "" and "Traceback" not in done.err
     assert all(part in done.err for part in parts), done.err
+
+
+@pytest.mark.parametrize("words", [[], ["video.toml"], ["evaluate"]])
+def test_the_module_scores_and_names_the_command_that_trains(words):
+    with pytest.raises(SystemExit, match="`kvkeye train RECIPE` trains"):
+        score(words)

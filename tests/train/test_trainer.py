@@ -146,6 +146,7 @@ def test_overrides_reach_nested_entries(tmp_path: Path) -> None:
     [
         ("optimizer.speed=1", "speed unknown"),
         ("model_size=3", "model_size unknown"),
+        ("kind=video", "kind is 'video'.*`kvkeye train FILE`"),
         ("stages=[]", "start = 0"),
         ("stages=[{start = 5}]", "start = 0"),
         ("stages=[{start = 0, colour = 1}]", "colour unknown"),
