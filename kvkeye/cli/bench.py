@@ -131,7 +131,7 @@ def _summary(rounds: list[list[RequestOutput]]) -> dict[str, Any]:
         name: statistics.median([getattr(m, name) or 0.0 for m in metrics])
         for name in ("ttft_ms", "prefill_ms", "vision_ms", "decode_ms")
     }
-    per_token = sorted((m.decode_ms or 0.0) / max(1, m.num_generated_tokens - 1) for m in metrics)
+    per_token = sorted(0.0 if m.tokens_per_s is None else 1e3 / m.tokens_per_s for m in metrics)
     found["ms_per_token"] = statistics.median(per_token)
     found["ms_per_token_slowest"] = per_token[-1]
     speculation = metrics[-1].speculation

@@ -131,6 +131,7 @@ class Tracker:
         self._on_stage = on_stage
         self._speculation = speculation
         self._answers: dict[int, Answer] = {}
+        self._num_prefilled = 0  # tokens that came with a prompt's pass or a fork of it
 
     def enter(self, stage: Stage) -> None:
         """Notes that a stage begins; stages only go forward."""
@@ -154,6 +155,7 @@ class Tracker:
         if answer is None:
             parser = self._new_parser() if self._new_parser else None
             answer = self._answers[seq.index] = Answer(seq.index, self.request.sampling, self._decode, parser)
+        is_first = answer.num_tokens == 0
         fresh = seq.tokens[seq.num_prompt + answer.num_tokens :]
         if fresh:
             self.times.last_token = time.perf_counter()
@@ -163,6 +165,8 @@ class Tracker:
             if left and isinstance(answer.stop_reason, str):
                 del seq.tokens[-left:]
                 break
+        if is_first:
+            self._num_prefilled += answer.num_tokens
         if seq.state is not State.FINISHED:
             return isinstance(answer.stop_reason, str)
         answer.close()
@@ -195,8 +199,7 @@ class Tracker:
         times, sequences = self.times, self.request.sequences
         num_generated = sum(seq.num_generated for seq in sequences)
         decode_ms = _ms(times.first_token, times.last_token)
-        # The first token of each answer belongs to the prefill.
-        num_decoded = num_generated - len(sequences)
+        num_decoded = num_generated - self._num_prefilled
         return RequestMetrics(
             num_prompt_tokens=len(self.request.prompt),
             num_generated_tokens=num_generated,

@@ -63,13 +63,14 @@ class SpeculationMetrics:
 class RequestMetrics:
     """Times in milliseconds from the request's arrival at the engine; None until known.
 
-    prepare_ms  decoding and resizing of media, tokenising (before arrival)
-    queue_ms    waiting for the first step
-    vision_ms   encoding of media, by patches where a pass served several requests; what others had encoded is free
-    prefill_ms  first step to first token, encoding included
-    decode_ms   first token to last
-    ttft_ms     arrival to first token
-    speculation what proposals were worth, known at the end; None without speculative decoding
+    prepare_ms    decoding and resizing of media, tokenising (before arrival)
+    queue_ms      waiting for the first step
+    vision_ms     encoding of media, by patches where a pass served several requests; what others had encoded is free
+    prefill_ms    first step to first token, encoding included
+    decode_ms     first token to last
+    ttft_ms       arrival to first token
+    tokens_per_s  within decode_ms, of the tokens that did not come with the first; None where there are none
+    speculation   what proposals were worth, known at the end; None without speculative decoding
     """
 
     num_prompt_tokens: int = 0

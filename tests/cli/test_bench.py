@@ -32,7 +32,8 @@ def test_both_sides_in_json(call, model, picture):
     assert result["plain"]["speculation"] is None
     speculation = result["speculative"]["speculation"]
     if speculation is not None:  # None without the C++ kernels
-        assert speculation["num_decode_steps"] + speculation["num_accepted_tokens"] == 11
+        # All 12 tokens where the prompt's own pass checked proposals, which depends on what steps took.
+        assert speculation["num_decode_steps"] + speculation["num_accepted_tokens"] in (11, 12)
 
 
 def test_text_and_one_side(call, model):

@@ -91,6 +91,8 @@ def test_a_prompts_own_pass_checks_proposals(name, chunk):
     counts = served.stats().speculation
     assert (counts.num_decode_steps, counts.num_drafts, counts.num_accepted_tokens) == (1, 1, 4)
     assert counts.tokens_per_step == 5 and counts.saved_ms == 0
+    metrics = run(served)[name].metrics
+    assert metrics.tokens_per_s == pytest.approx((16 - 5) * 1e3 / metrics.decode_ms)
 
 
 @pytest.mark.parametrize("version, dtype", [("1.5", torch.float32), ("preview", torch.bfloat16)])
