@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvkeye.engine.async_engine import AsyncEngine
-    from kvkeye.engine.config import EngineConfig
+    from kvkeye.engine.config import EngineConfig, SpeculationConfig
     from kvkeye.engine.engine import Engine
     from kvkeye.engine.llm import LLM
-    from kvkeye.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from kvkeye.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, SpeculationMetrics
     from kvkeye.engine.request import SamplingParams
 
 _PUBLIC = {

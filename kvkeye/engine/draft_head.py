@@ -66,6 +66,16 @@ class HeadDrafter:
         config = self.head.config
         return 2 * config.num_key_value_heads * config.head_dim * block_size * self.head.dtype.itemsize
 
+    def fixed_bytes(self, block_size: int, max_num_seqs: int, num_tokens: int) -> int:
+        """Bytes of everything else that `allocate` takes."""
+        config = self.head.config
+        vocabulary = config.draft_vocab_size * config.hidden_size * self.head.dtype.itemsize
+        return vocabulary + max_num_seqs * self._num_spare(block_size, num_tokens) * self.block_bytes(block_size)
+
+    def _num_spare(self, block_size: int, num_tokens: int) -> int:
+        """Blocks behind a row's own: they hold its last token, which is computed again, and the proposals."""
+        return ceil_div(max(num_tokens, self.width) + 1, block_size)
+
     def allocate(self, num_blocks: int, block_size: int, max_num_seqs: int, num_tokens: int, backends: str) -> None:
         """Caches beside a target's of `num_blocks`, with room for `num_tokens` proposals of every row."""
         # Its bits decide nothing, so what has no kernel in this order may run without one.
@@ -73,7 +83,7 @@ class HeadDrafter:
         self.depth = max(1, num_tokens // self.width)
         with torch.inference_mode(), self._forced():
             self.weights, self.vocabulary = self.head.parts(), self.target.embed(self.head.token_ids)
-        self.num_blocks, self.num_spare = num_blocks, ceil_div(self.depth * self.width + 1, block_size)
+        self.num_blocks, self.num_spare = num_blocks, self._num_spare(block_size, num_tokens)
         config = self.head.config
         shape = (num_blocks + max_num_seqs * self.num_spare, config.num_key_value_heads, block_size, config.head_dim)
         self.k_cache, self.v_cache = (

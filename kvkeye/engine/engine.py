@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from kvkeye.engine import batch as batches
 from kvkeye.engine.answer import Parser, Tracker
+from kvkeye.engine.assemble import build_encodings, build_forward
 from kvkeye.engine.backends import serving_backends
 from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import BlockManager
@@ -21,6 +21,7 @@ from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.draft import Drafter
 from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.encoder_cache import EncoderCache
+from kvkeye.engine.limits import Limits
 from kvkeye.engine.machine import available_bytes
 from kvkeye.engine.memory import context_length, plan_cache
 from kvkeye.engine.outputs import Logprob, OnStage, RequestOutput, SpeculationMetrics
@@ -36,7 +37,7 @@ from kvkeye.engine.request import (
 )
 from kvkeye.engine.runner import Runner
 from kvkeye.engine.sampling import StepResult
-from kvkeye.engine.scheduler import Limits, Scheduler
+from kvkeye.engine.scheduler import Scheduler
 from kvkeye.engine.speculation import speculation_of
 from kvkeye.engine.stats import Counts, EngineStats
 from kvkeye.engine.step import Step
@@ -79,8 +80,11 @@ class Engine:
         self.speculation = speculation_of(config, drafter, backends)
         head = drafter if isinstance(drafter, HeadDrafter) and self.speculation is not None else None
         working = working_bytes(model, config, context_length(config, text), backends, head)
-        head_bytes = head.block_bytes(config.block_size) if head is not None else 0
-        plan = plan_cache(config, text, model.dtype, available_bytes(model.device) - working, head_bytes)
+        block_bytes = 0
+        if head is not None and self.speculation is not None:
+            working += head.fixed_bytes(config.block_size, config.max_num_seqs, self.speculation.num_tokens)
+            block_bytes = head.block_bytes(config.block_size)
+        plan = plan_cache(config, text, model.dtype, available_bytes(model.device) - working, block_bytes)
         self.config = config
         self.processor = processor
         self.vocab_size = text.vocab_size
@@ -251,7 +255,7 @@ class Engine:
             tracker.enter("vision")
         start = time.perf_counter()
         try:
-            self.runner.encode(batches.build_encodings(step, self.scheduler.sequence))
+            self.runner.encode(build_encodings(step, self.scheduler.sequence))
         except Exception as error:
             return self._failed("encoding", error, self.scheduler.fail_encodings(step))
         self.scheduler.finish_encodings(step)
@@ -287,7 +291,7 @@ class Engine:
         return ended
 
     def _run(self, step: Step) -> StepResult:
-        return self.runner.run(batches.build(step, self.scheduler.sequence, self.config.block_size))
+        return self.runner.run(build_forward(step, self.scheduler.sequence, self.config.block_size))
 
     def _observe(self, step: Step, result: StepResult, seconds: float) -> None:
         if self.speculation is not None:

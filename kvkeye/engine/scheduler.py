@@ -10,31 +10,16 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from typing import Protocol
 
-from kvkeye.engine.block_manager import BlockManager, ceil_div
+from kvkeye.engine.block_manager import BlockManager
 from kvkeye.engine.draft import MAX_TREE_ROWS, Draft
 from kvkeye.engine.encoder_cache import EncoderCache
+from kvkeye.engine.limits import Limits, check_request
 from kvkeye.engine.request import Request, Sequence, State
 from kvkeye.engine.step import Plan, Step
-from kvkeye.errors import CapacityError, RequestError
 
 ERROR_TOKEN = -1
-
-
-@dataclass(frozen=True)
-class Limits:
-    """max_num_seqs rows and max_num_batched_tokens tokens a step; at most max_prefill_chunk tokens of one row.
-
-    A step encodes max_num_encoder_patches patches of media, or one picture or clip that is larger.
-    """
-
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 2048
-    max_model_len: int = 8192
-    max_prefill_chunk: int | None = None
-    max_num_encoder_patches: int = 4096
 
 
 class Drafts(Protocol):
@@ -70,37 +55,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request. RequestError or CapacityError if it could never run; nothing has changed then."""
-        self._check(request)
+        check_request(request, self.limits, self.blocks, self.requests)
         request.arrival = self._next_arrival
         self._next_arrival += 1
         seq = self._new_sequence(request, index=0, tokens=list(request.prompt))
         seq.width = request.sampling.n
         self.requests[request.request_id] = request
         insort(self.waiting, seq, key=_rank)
-
-    def _check(self, request: Request) -> None:
-        num_prompt, longest = len(request.prompt), len(request.prompt) + request.max_tokens
-        where = f"request {request.request_id!r}"
-        if request.request_id in self.requests:
-            raise RequestError(f"{where}: this id is already running. Choose another.", param="request_id")
-        if num_prompt == 0:
-            raise RequestError(f"{where}: the prompt is empty; expected at least one token. Send text.", param="prompt")
-        if longest > self.limits.max_model_len:
-            raise RequestError(
-                f"{where}: {num_prompt} prompt tokens + {request.max_tokens} new tokens = {longest}; the context holds "
-                f"{self.limits.max_model_len}. Shorten the prompt, shrink the media or lower max_tokens.",
-                param="max_tokens" if num_prompt < self.limits.max_model_len else "prompt",
-            )
-        if request.sampling.n > self.limits.max_num_seqs:
-            raise RequestError(
-                f"{where}: n={request.sampling.n} rows; max_num_seqs is {self.limits.max_num_seqs}. Lower n.", param="n"
-            )
-        num_blocks = ceil_div(longest, self.blocks.block_size)
-        if num_blocks > self.blocks.pool.num_blocks:
-            raise CapacityError(
-                f"{where}: {longest} tokens need {num_blocks} KV blocks of {self.blocks.block_size}; there are "
-                f"{self.blocks.pool.num_blocks}. Lower max_tokens or give the KV cache more memory."
-            )
 
     def _new_sequence(self, request: Request, index: int, tokens: list[int]) -> Sequence:
         seq = Sequence(seq_id=self._next_seq_id, request=request, index=index, tokens=tokens)

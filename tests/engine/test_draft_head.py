@@ -127,3 +127,11 @@ def test_broken_features_propose_nothing():
         cache.fill_(float("nan"))
     found = logits_of(broken, {"long": PROMPTS["long"]})
     assert torch.equal(found["long"], plain["long"])
+
+
+@pytest.mark.parametrize("width, block_size", [(1, 32), (3, 4), (6, 1)])
+def test_its_memory_is_known_before_it_is_taken(width, block_size):
+    served = drafted(random_head(draft_vocab_size=40), width=width, block_size=block_size, num_blocks=640)
+    drafter = served.speculation.drafter
+    taken = drafter.k_cache.nbytes + drafter.v_cache.nbytes + drafter.vocabulary.nbytes
+    assert taken == 640 * drafter.block_bytes(block_size) + drafter.fixed_bytes(block_size, 16, 5)

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from kvkeye.engine.block_manager import BlockManager
+from kvkeye.engine.limits import Limits
 from kvkeye.engine.request import MediaSpan, Request, SamplingParams, State
-from kvkeye.engine.scheduler import ERROR_TOKEN, Limits, Scheduler
+from kvkeye.engine.scheduler import ERROR_TOKEN, Scheduler
 from kvkeye.errors import CapacityError, RequestError
 from tests.engine.toy import ToyModel, expected_tokens
 

@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvkeye import _host_py
 from kvkeye.engine.block_manager import BlockManager
 from kvkeye.engine.encoder_cache import EncoderCache
+from kvkeye.engine.limits import Limits
 from kvkeye.engine.request import MediaSpan, Request, SamplingParams, State
-from kvkeye.engine.scheduler import ERROR_TOKEN, Limits, Scheduler
+from kvkeye.engine.scheduler import ERROR_TOKEN, Scheduler
 from kvkeye.errors import KvkeyeError
 from tests.engine.scripted import ScriptedDrafter
 from tests.engine.toy import VOCAB, ToyModel, expected_tokens
