@@ -22,7 +22,7 @@ TOLERANCE = 2**-6
 
 @dataclass(frozen=True)
 class Shape:
-    """Sequences of one call: all tokens packed, or one new token each over a paged cache."""
+    """Sequences of one call: all tokens packed, or one new token each over a paged cache, of bf16 or of FP8."""
 
     name: str
     lengths: tuple[int, ...]
@@ -31,6 +31,7 @@ class Shape:
     dim: int
     causal: bool = False
     paged: bool = False
+    fp8: bool = False
 
     @property
     def op(self) -> str:
@@ -45,7 +46,8 @@ class Shape:
     @property
     def bytes(self) -> float:
         rows = len(self.lengths) if self.paged else sum(self.lengths)
-        return 2.0 * self.dim * (2 * sum(self.lengths) * self.kv_heads + 2 * rows * self.q_heads)
+        kept = self.dim + 4 if self.fp8 else 2 * self.dim  # of a key or a value: levels and their scale, or bf16
+        return 2.0 * (sum(self.lengths) * self.kv_heads * kept + rows * self.q_heads * 2 * self.dim)
 
 
 SHAPES = (
@@ -54,11 +56,14 @@ SHAPES = (
     Shape("prompt 1 x 16384", (16384,), 32, 8, 128, causal=True),
     Shape("decode 1 x 4096", (4096,), 32, 8, 128, paged=True),
     Shape("decode 8 x 32768", (32768,) * 8, 32, 8, 128, paged=True),
+    Shape("decode 1 x 4096 fp8", (4096,), 32, 8, 128, paged=True, fp8=True),
+    Shape("decode 8 x 32768 fp8", (32768,) * 8, 32, 8, 128, paged=True, fp8=True),
 )
 TINY = (
     Shape("tower 2 x 40", (40,) * 2, 2, 2, 72),
     Shape("prompt 1 x 70", (70,), 4, 2, 128, causal=True),
     Shape("decode 2 x 96", (96,) * 2, 4, 2, 128, paged=True),
+    Shape("decode 2 x 96 fp8", (96,) * 2, 4, 2, 128, paged=True, fp8=True),
 )
 PAGE = 32
 
@@ -82,6 +87,15 @@ def arguments_of(shape: Shape, device: torch.device) -> tuple[Any, ...]:
     bounds = torch.arange(batch + 1, device=device).int()
     lengths = torch.tensor(shape.lengths, device=device).int()
     return normal(batch, shape.q_heads, shape.dim), *cache, table, bounds, lengths, None, scale
+
+
+def in_fp8(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The call over e4m3 caches, and the same over bf16 caches of what they stand for."""
+    q, k, v, *rest = arguments
+    scales = [cache.abs().amax(-1).float() / 448 for cache in (k, v)]
+    levels = [(cache / scale[..., None]).to(torch.float8_e4m3fn) for cache, scale in zip((k, v), scales)]
+    values = [(cache.float() * scale[..., None]).bfloat16() for cache, scale in zip(levels, scales)]
+    return (q, *levels, *rest, *scales), (q, *values, *rest)
 
 
 def dense(shape: Shape, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,10 +225,15 @@ def attention_row(
     bandwidth: float | None,
 ) -> dict[str, Any]:
     """Milliseconds of the kernel and of every peer that agrees with it; AssertionError where none does."""
-    arguments = arguments_of(shape, device)
-    call = own(shape, arguments, implementation)
+    plain = mine = arguments_of(shape, device)
+    if shape.fp8:
+        mine, plain = in_fp8(plain)
+    call = own(shape, mine, implementation)
     rehearsed = {"SDPA math": sdpa(SDPBackend.MATH), "FlexAttention": flex, "FlashInfer": flashinfer}
-    peers, missing = usable(PEERS if device.type == "cuda" else rehearsed, shape, arguments, call())
+    known = PEERS if device.type == "cuda" else rehearsed
+    if shape.fp8:
+        known = known | {"the same kernel over bf16": lambda _, arguments: own(shape, arguments, implementation)}
+    peers, missing = usable(known, shape, plain, call())
     assert peers, f"no peer agrees: {missing}"
     milliseconds, *others = times([call, *peers.values()], 20)
     return {
@@ -228,6 +247,9 @@ def attention_row(
 def attention_rows(implementations: tuple[str, ...], is_rehearsal: bool) -> Iterator[tuple[str, Shape, str]]:
     """(key, shape, implementation) of every row."""
     for shape in TINY if is_rehearsal else SHAPES:
+        known = ops.OPS[shape.op].implementations
         for implementation in implementations:
-            if implementation in ops.OPS[shape.op].implementations:
+            if shape.fp8 and is_rehearsal:
+                yield f"attention/{shape.name}/eager", shape, "eager"
+            elif implementation in known and (not shape.fp8 or torch.float8_e4m3fn in known[implementation].storage):
                 yield f"attention/{shape.name}/{implementation}", shape, implementation

@@ -6,6 +6,7 @@ A check returns "pass" or "refuse: why" and raises AssertionError with a sentenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
-from kvkeye.testing.compare import as_tuple, assert_close, copied, mapped, reference_outputs, widen
+from kvkeye.testing.compare import (
+    as_tuple,
+    assert_close,
+    changed_arguments,
+    copied,
+    mapped,
+    reference_outputs,
+    widen,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Ops of a decode step that a graph captures.
@@ -29,7 +38,7 @@ def outputs_of(op: ops.Op, arguments: tuple[Any, ...], implementation: str) -> t
     """Results, then the arguments that the call changed."""
     with ops.use_backends(implementation):
         found = op(*arguments)
-    changed = [arguments[op.parameters.index(name)] for name in op.mutates]
+    changed = changed_arguments(op, arguments).values()
     return (*(as_tuple(found) if found is not None else ()), *changed)
 
 
@@ -60,7 +69,7 @@ def replays(op: ops.Op, case: Case, implementation: str) -> str:
     with torch.cuda.graph(graph):
         captured = outputs_of(op, arguments, implementation)
     for factor in (1.0, 0.5, 1.0):
-        inputs = mapped(lambda t, f=factor: t * f if t.is_floating_point() and t.dim() > 1 else t.clone(), case.args)
+        inputs = mapped(lambda t, f=factor: (t.float() * f).to(t.dtype) if is_scaled(t) else t.clone(), case.args)
         for target, source in zip(_tensors(arguments), _tensors(inputs), strict=True):
             target.copy_(source)
         graph.replay()
@@ -70,12 +79,17 @@ def replays(op: ops.Op, case: Case, implementation: str) -> str:
     return "pass"
 
 
-def rows_keep_their_bits(implementation: str, device: str) -> str:
+def rows_keep_their_bits(implementation: str, device: str, fp8: bool = False) -> str:
     """A decoded row, a chain of 8 and a chunk of 64 rows of one sequence: one row's bits, torch.equal."""
     sample = Sample(torch.bfloat16, device)
     length, fresh, block = 4000, 64, 32
     blocks = -(-length // block)
-    k, v = sample(blocks, 8, block, 128), sample(blocks, 8, block, 128)
+    shape, scales = (blocks, 8, block, 128), ()
+    if fp8:
+        (k, k_scales), (v, v_scales) = sample.fp8(*shape), sample.fp8(*shape)
+        scales = k_scales, v_scales
+    else:
+        k, v = sample(*shape), sample(*shape)
     table = sample.permutation(blocks).int()[None].contiguous()
     q = sample(fresh, 32, 128)
 
@@ -85,7 +99,7 @@ def rows_keep_their_bits(implementation: str, device: str) -> str:
         context = sample.tensor([length - drop], torch.int32)
         return outputs_of(
             ops.OPS["paged_attention"],
-            (q[stop - rows : stop], k, v, table, bounds, context, None, 128**-0.5),
+            (q[stop - rows : stop], k, v, table, bounds, context, None, 128**-0.5, *scales),
             implementation,
         )
 
@@ -116,7 +130,8 @@ def graphs(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str,
         op = ops.OPS[name]
         for implementation in implementations:
             if implementation in op.implementations:
-                for case in good(name, Sample(torch.bfloat16, device))[:6]:
+                cases = good(name, Sample(torch.bfloat16, device))
+                for case in [*cases[:6], *(case for case in cases[6:] if case.id.startswith("fp8"))]:
                     yield (
                         f"graph/{name}/{implementation}/{case.id}",
                         lambda o=op, c=case, i=implementation: replays(o, c, i),
@@ -124,9 +139,11 @@ def graphs(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str,
 
 
 def bits(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:
-    for implementation in implementations:
-        if implementation in ops.OPS["paged_attention"].implementations:
-            yield f"bits/paged_attention/{implementation}", lambda i=implementation: rows_keep_their_bits(i, device)
+    known = ops.OPS["paged_attention"].implementations
+    for name in (name for name in implementations if name in known):
+        yield f"bits/paged_attention/{name}", partial(rows_keep_their_bits, name, device)
+        if torch.float8_e4m3fn in known[name].storage:
+            yield f"bits/paged_attention/{name}/fp8", partial(rows_keep_their_bits, name, device, fp8=True)
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -134,5 +151,11 @@ def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
     return [item for item in flat if isinstance(item, Tensor)]
 
 
+def is_scaled(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() > 1
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype.itemsize == 1:
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())

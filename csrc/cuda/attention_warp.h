@@ -10,13 +10,17 @@ namespace kvkeye::cuda {
 
 constexpr int kSlices = 4, kSliceKeys = kCudaTile / kSlices;
 
-// Rows of head_dim values in pieces of 16 bytes. An odd pitch puts eight rows into different banks.
 template <int Dim> struct Layout {
-  static constexpr int kPieces = Dim / 8;        // in memory
   static constexpr int kSteps = (Dim + 15) / 16; // of 16 dimensions
-  static constexpr int kPadded = 2 * kSteps;     // pieces of a row, zeros after the last dimension
-  static constexpr int kPitch = kPadded | 1;     // in shared memory
-  static constexpr int kColumns = kPadded;       // output fragments of 8 dimensions
+  static constexpr int kColumns = 2 * kSteps;    // output fragments of 8 dimensions
+};
+
+// Rows of head_dim values in pieces of 16 bytes. An odd pitch puts eight rows into different banks.
+template <class T, int Dim> struct Stored {
+  static constexpr int kEach = 16 / (int)sizeof(T);                // values of a piece
+  static constexpr int kPieces = Dim / kEach;                      // in memory
+  static constexpr int kPadded = 16 * Layout<Dim>::kSteps / kEach; // zeros after the last dimension
+  static constexpr int kPitch = kPadded | 1;                       // in shared memory
   using Rows = uint4[kCudaTile][kPitch];
 };
 
@@ -40,14 +44,14 @@ template <int Dim> struct WarpState {
 };
 
 // Queries as the left side of the first product. Rows that are not there are zero.
-template <int Dim, class T>
-__device__ void load_queries(uint32_t (&q)[Layout<Dim>::kSteps][4], const T* const (&rows)[2]) {
+template <int Dim>
+__device__ void load_queries(uint32_t (&q)[Layout<Dim>::kSteps][4], const bf16* const (&rows)[2]) {
 #pragma unroll
   for (int step = 0; step < Layout<Dim>::kSteps; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int column = 16 * step + 8 * (i / 2) + 2 * (lane_of() % 4);
-      const T* row = rows[i % 2];
+      const bf16* row = rows[i % 2];
       q[step][i] = row != nullptr && column < Dim ? *reinterpret_cast<const uint32_t*>(row + column) : 0;
     }
   }
@@ -55,10 +59,10 @@ __device__ void load_queries(uint32_t (&q)[Layout<Dim>::kSteps][4], const T* con
 
 // Starts the copies of `count` rows of one slice from row `first` on. Lane i brings the place of the slice's
 // row i in the cache, negative where there is none.
-template <int Dim, class T>
-__device__ void load_slice(typename Layout<Dim>::Rows& tile, const T* cache, int place, int slice, int first,
-                           int count) {
-  using L = Layout<Dim>;
+template <class T, int Dim>
+__device__ void load_slice(typename Stored<T, Dim>::Rows& tile, const T* cache, int place, int slice,
+                           int first, int count) {
+  using L = Stored<T, Dim>;
 #pragma unroll
   for (int i = 0; i < kSliceKeys * L::kPadded / 32; ++i) {
     const int item = lane_of() + 32 * i, row = first + item / L::kPadded, piece = item % L::kPadded;
@@ -66,7 +70,7 @@ __device__ void load_slice(typename Layout<Dim>::Rows& tile, const T* cache, int
     if (item >= count * L::kPadded)
       continue;
     const bool valid = found >= 0 && piece < L::kPieces;
-    const T* source = valid ? cache + (int64_t)found * Dim + 8 * piece : cache;
+    const T* source = valid ? cache + (int64_t)found * Dim + L::kEach * piece : cache;
     copy_async(&tile[kSliceKeys * slice + row][piece], source, valid);
   }
 }
@@ -74,7 +78,7 @@ __device__ void load_slice(typename Layout<Dim>::Rows& tile, const T* cache, int
 // scores = q k, of 16 rows and the slice's 16 keys.
 template <int Dim>
 __device__ void multiply_keys(float (&scores)[2][4], const uint32_t (&q)[Layout<Dim>::kSteps][4],
-                              const typename Layout<Dim>::Rows& keys, int slice) {
+                              const typename Stored<bf16, Dim>::Rows& keys, int slice) {
   const int lane = lane_of(), row = kSliceKeys * slice + lane % 8 + 8 * (lane / 16);
 #pragma unroll
   for (int step = 0; step < Layout<Dim>::kSteps; ++step) {
@@ -88,7 +92,7 @@ __device__ void multiply_keys(float (&scores)[2][4], const uint32_t (&q)[Layout<
 // o += weights v.
 template <int Dim>
 __device__ void multiply_values(float (&o)[Layout<Dim>::kColumns][4], const uint32_t (&weights)[4],
-                                const typename Layout<Dim>::Rows& values, int slice) {
+                                const typename Stored<bf16, Dim>::Rows& values, int slice) {
   const int lane = lane_of(), row = kSliceKeys * slice + lane % 16;
 #pragma unroll
   for (int step = 0; step < Layout<Dim>::kSteps; ++step) {
@@ -110,8 +114,7 @@ __device__ __forceinline__ float quad_sum(float value) {
 }
 
 // Scores to weights, in place; the row's older sums shrink as its peak grows. The total stays a lane's own.
-template <int Dim>
-__device__ void weigh(WarpState<Dim>& state, float (&scores)[2][4], uint32_t (&weights)[4]) {
+template <int Dim> __device__ void weigh(WarpState<Dim>& state, float (&scores)[2][4]) {
   float decay[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -127,14 +130,19 @@ __device__ void weigh(WarpState<Dim>& state, float (&scores)[2][4], uint32_t (&w
     second[1] = exp2_fast(second[1] - base);
     row.total = __fmaf_rn(row.total, decay[h], (first[0] + first[1]) + (second[0] + second[1]));
     row.peak = peak;
-    weights[h] = pack_bf16(first[0], first[1]);
-    weights[2 + h] = pack_bf16(second[0], second[1]);
   }
 #pragma unroll
   for (int i = 0; i < Layout<Dim>::kColumns; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       state.o[i][j] = __fmul_rn(state.o[i][j], decay[j / 2]);
+}
+
+// Weights as the left side of the second product.
+__device__ __forceinline__ void pack_weights(uint32_t (&packed)[4], const float (&weights)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    packed[i] = pack_bf16(weights[i / 2][2 * (i % 2)], weights[i / 2][2 * (i % 2) + 1]);
 }
 
 } // namespace kvkeye::cuda

@@ -1,7 +1,7 @@
-// Writes into the paged cache on the GPU. Moves bytes, so one kernel serves every dtype.
+// Writes into the paged cache on the GPU: bytes, which serves every dtype, or e4m3 levels with scales.
 #include "kvkeye/kv_cache.h"
 
-#include "device.h"
+#include "e4m3.h"
 
 namespace kvkeye::cuda {
 namespace {
@@ -33,6 +33,40 @@ template <class Word> __global__ void append_kv_kernel(AppendKvParams p) {
       const char* source = p.source[side] + token * p.token_stride[side] + head * p.head_stride[side];
       char* target = p.cache[side] + (first_row + head * p.block_size) * p.row_bytes;
       reinterpret_cast<Word*>(target)[word] = reinterpret_cast<const Word*>(source)[word];
+    }
+  }
+}
+
+__device__ __forceinline__ float value_of(bf16 value) {
+  return __uint_as_float((uint32_t)value.bits << 16);
+}
+
+// One block of threads per token, a warp per row.
+__global__ void quantize_kv_kernel(QuantizeKvParams p) {
+  const int64_t slot = p.slot_mapping[blockIdx.x];
+  if (slot < 0)
+    return;
+  if (slot >= p.slots)
+    __trap();
+  const int64_t block = slot / p.block_size, offset = slot % p.block_size;
+  const int lane = (int)threadIdx.x % 32;
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t head = threadIdx.x / 32; head < p.heads; head += kThreads / 32) {
+      const auto* source = reinterpret_cast<const bf16*>(
+          p.source[side] + (int64_t)blockIdx.x * p.token_stride[side] + head * p.head_stride[side]);
+      const int64_t row = (block * p.heads + head) * p.block_size + offset;
+      uint32_t largest = 0;
+      for (int64_t i = lane; i < p.row_bytes; i += 32)
+        largest = max(largest, magnitude_of(value_of(source[i])));
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2)
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+      const float scale = scale_of(largest);
+      for (int64_t i = lane; i < p.row_bytes; i += 32)
+        p.cache[side][row * p.row_bytes + i] = (char)level_of(value_of(source[i]), scale);
+      if (lane == 0)
+        p.scales[side][row] = scale;
     }
   }
 }
@@ -71,6 +105,12 @@ int append_kv(const AppendKvParams& p, int64_t tokens, void* stream) {
   if (bits % 4 == 0)
     return launch<append_kv_kernel<uint32_t>>(grid, kThreads, 0, stream, p);
   return launch<append_kv_kernel<uint16_t>>(grid, kThreads, 0, stream, p);
+}
+
+int quantize_kv(const QuantizeKvParams& p, int64_t tokens, void* stream) {
+  if (tokens == 0 || p.heads * p.row_bytes == 0)
+    return cudaSuccess;
+  return launch<quantize_kv_kernel>(dim3((unsigned)tokens), kThreads, 0, stream, p);
 }
 
 int copy_blocks(const CopyBlocksParams& p, int64_t pairs, void* stream) {

@@ -2,17 +2,17 @@
 // sums. README.md beside this says how a call is cut and why a row's bits do not depend on its neighbours.
 #include "kvkeye/attention_cuda.h"
 
+#include "attention_e4m3.h"
 #include "attention_rows.h"
-#include "attention_warp.h"
 
 namespace kvkeye::cuda {
 namespace {
 
-template <int Dim, int Groups> struct Shared {
+template <class T, int Dim, int Groups> struct Shared {
   static constexpr int kWarps = kSlices * Groups;
 
   struct Stage {
-    typename Layout<Dim>::Rows keys, values;
+    typename Stored<T, Dim>::Rows keys, values;
   };
   // The states of a split's four slices, fragment by fragment.
   struct Merge {
@@ -33,12 +33,12 @@ template <class T, int Dim, int Groups> struct Work {
   static constexpr int kOwned = (Layout<Dim>::kColumns + kSlices - 1) / kSlices;
 
   const PagedCudaParams<T>& p;
-  Shared<Dim, Groups>& shared;
+  Shared<T, Dim, Groups>& shared;
   int warp, group, slice; // the warp; its 16 rows, its keys
   int heads;              // query heads per KV head
   RowTile tile;
 
-  __device__ Work(const PagedCudaParams<T>& params, Shared<Dim, Groups>& memory)
+  __device__ Work(const PagedCudaParams<T>& params, Shared<T, Dim, Groups>& memory)
       : p(params), shared(memory), warp((int)threadIdx.x / 32), group(warp / kSlices), slice(warp % kSlices),
         heads(p.num_q_heads / p.num_kv_heads), tile(row_tile_of(p, (int)blockIdx.x, heads, kRows)) {}
 
@@ -53,7 +53,7 @@ template <class T, int Dim, int Groups> struct Work {
 
   __device__ bool has_rows() const { return tile.pair < tile.fresh * heads; }
 
-  __device__ const T* query(int h) const {
+  __device__ const bf16* query(int h) const {
     const int place = place_of_row(h);
     if (place < 0)
       return nullptr;
@@ -81,8 +81,24 @@ template <class T, int Dim, int Groups> struct Work {
   __device__ void load(int stage, int place) const {
     constexpr int kCount = kSliceKeys / Groups;
     auto& target = shared.stages[stage];
-    load_slice<Dim>(target.keys, p.k_cache, place, slice, group * kCount, kCount);
-    load_slice<Dim>(target.values, p.v_cache, place, slice, group * kCount, kCount);
+    load_slice<T, Dim>(target.keys, p.k_cache, place, slice, group * kCount, kCount);
+    load_slice<T, Dim>(target.values, p.v_cache, place, slice, group * kCount, kCount);
+  }
+
+  // Of the lane's key, whose place is negative where there is none.
+  __device__ KeyScales<T> scales_of(int place) const {
+    KeyScales<T> found{};
+    if constexpr (kIsE4m3<T>)
+      if (place >= 0)
+        found = {__fmul_rn(p.k_scales[place], p.softmax_scale), p.v_scales[place]};
+    return found;
+  }
+
+  __device__ void load_rows(uint32_t (&q)[Layout<Dim>::kSteps][4]) const {
+    if constexpr (kIsE4m3<T>)
+      load_mixed_queries<Dim>(q, {query(0), query(1)});
+    else
+      load_queries<Dim>(q, {query(0), query(1)});
   }
 
   // The warps that share a slice wait for each other.
@@ -104,17 +120,29 @@ template <class T, int Dim, int Groups> struct Work {
   }
 
   __device__ void attend_tile(WarpState<Dim>& state, const uint32_t (&q)[Layout<Dim>::kSteps][4], int stage,
-                              int start) const {
+                              int start, const KeyScales<T>& scales) const {
     float scores[2][4] = {};
-    multiply_keys<Dim>(scores, q, shared.stages[stage].keys, slice);
+    if constexpr (kIsE4m3<T>) {
+      multiply_levels<Dim>(scores, q, shared.stages[stage].keys, slice);
+      multiply_columns(scores, scales.score);
+    } else {
+      multiply_keys<Dim>(scores, q, shared.stages[stage].keys, slice);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      scores[i / 4][i % 4] = __fmul_rn(scores[i / 4][i % 4], p.softmax_scale);
+      for (int i = 0; i < 8; ++i)
+        scores[i / 4][i % 4] = __fmul_rn(scores[i / 4][i % 4], p.softmax_scale);
+    }
     if (start + kCudaTile > seen_by_all())
       hide(scores, start);
+    weigh<Dim>(state, scores);
     uint32_t weights[4];
-    weigh<Dim>(state, scores, weights);
-    multiply_values<Dim>(state.o, weights, shared.stages[stage].values, slice);
+    if constexpr (kIsE4m3<T>) {
+      multiply_columns(scores, scales.weight);
+      pack_weights(weights, scores);
+      add_levels<Dim>(state.o, weights, shared.stages[stage].values, slice);
+    } else {
+      pack_weights(weights, scores);
+      multiply_values<Dim>(state.o, weights, shared.stages[stage].values, slice);
+    }
   }
 
   // The warp's slices of positions [begin, end), tile by tile; the next tile is on its way meanwhile.
@@ -122,19 +150,23 @@ template <class T, int Dim, int Groups> struct Work {
                          int end) const {
     if (begin >= end)
       return; // a copy that nobody waits for would land in what comes next
-    load(0, place_of(begin));
+    int place = place_of(begin), stage = 0;
+    load(0, place);
     commit_copies();
-    int place = place_of(begin + kCudaTile), stage = 0;
+    KeyScales<T> scales = scales_of(place), next{};
+    place = place_of(begin + kCudaTile);
     for (int start = begin; start < end; start += kCudaTile, stage ^= 1) {
       if (start + kCudaTile < end) {
         load(stage ^ 1, place);
+        next = scales_of(place);
         place = place_of(start + 2 * kCudaTile);
       }
       commit_copies();
       wait_copies<1>();
       wait();
-      attend_tile(state, q, stage, start);
+      attend_tile(state, q, stage, start, scales);
       wait();
+      scales = next;
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -146,9 +178,14 @@ template <class T, int Dim, int Groups> struct Work {
                                RowState (&rows)[2]) const {
     const int lane = lane_of(), row = lane / 4;
     __syncthreads(); // the stages are read: their memory is free
+    if constexpr (kIsE4m3<T>) {
+      store_in_order<Dim>(shared.merge.o[warp], state.o);
+    } else {
 #pragma unroll
-    for (int i = 0; i < Layout<Dim>::kColumns; ++i)
-      shared.merge.o[warp][i][lane] = make_float4(state.o[i][0], state.o[i][1], state.o[i][2], state.o[i][3]);
+      for (int i = 0; i < Layout<Dim>::kColumns; ++i)
+        shared.merge.o[warp][i][lane] =
+            make_float4(state.o[i][0], state.o[i][1], state.o[i][2], state.o[i][3]);
+    }
     if (lane % 4 == 0) {
       shared.rows[warp][row] = state.rows[0];
       shared.rows[warp][row + 8] = state.rows[1];
@@ -269,13 +306,13 @@ template <class T, int Dim, int Groups>
 __global__ void __launch_bounds__(32 * kSlices * Groups, Groups == 1 ? 2 : 1)
     paged_attention_kernel(const __grid_constant__ PagedCudaParams<T> p) {
   using Job = Work<T, Dim, Groups>;
-  const Job work(p, shared_memory<Shared<Dim, Groups>>());
+  const Job work(p, shared_memory<Shared<T, Dim, Groups>>());
   const int splits = max(1, (work.tile.end + kCudaSplit - 1) / kCudaSplit);
   if (!work.has_rows() || (int)blockIdx.z >= splits)
     return;
   const bool side_by_side = gridDim.z > 1;
   uint32_t q[Layout<Dim>::kSteps][4];
-  load_queries<Dim, T>(q, {work.query(0), work.query(1)});
+  work.load_rows(q);
   float o[Job::kOwned][4];
   RowState rows[2];
   Job::clear(o, rows);
@@ -306,7 +343,7 @@ template <class T, int Dim, int Groups>
 int start(const PagedCudaParams<T>& p, const PagedCudaPlan& plan, void* stream) {
   const dim3 grid((unsigned)plan.row_tiles, (unsigned)p.num_kv_heads, (unsigned)plan.splits);
   return launch<paged_attention_kernel<T, Dim, Groups>>(grid, dim3(32 * kSlices * Groups),
-                                                        sizeof(Shared<Dim, Groups>), stream, p);
+                                                        sizeof(Shared<T, Dim, Groups>), stream, p);
 }
 
 template <class T, int Dim> int start(const PagedCudaParams<T>& p, const PagedCudaPlan& plan, void* stream) {
@@ -322,20 +359,20 @@ int paged_attention(const PagedCudaParams<T>& params, const PagedCudaPlan& plan,
     return cudaSuccess;
   PagedCudaParams<T> p = params;
   p.softmax_scale *= kLog2E;
-  switch (head_dim) {
-  case 64:
+  if (head_dim == 64)
     return start<T, 64>(p, plan, stream);
-  case 72:
-    return start<T, 72>(p, plan, stream);
-  case 80:
-    return start<T, 80>(p, plan, stream);
-  case 128:
+  if (head_dim == 128)
     return start<T, 128>(p, plan, stream);
-  default:
-    return cudaErrorInvalidValue;
+  if constexpr (!kIsE4m3<T>) { // rows of 16 bytes, two steps of 16 dimensions
+    if (head_dim == 72)
+      return start<T, 72>(p, plan, stream);
+    if (head_dim == 80)
+      return start<T, 80>(p, plan, stream);
   }
+  return cudaErrorInvalidValue;
 }
 
 template int paged_attention<bf16>(const PagedCudaParams<bf16>&, const PagedCudaPlan&, int64_t, void*);
+template int paged_attention<e4m3>(const PagedCudaParams<e4m3>&, const PagedCudaPlan&, int64_t, void*);
 
 } // namespace kvkeye::cuda

@@ -67,6 +67,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// Two products of bf16, to nearest even; subnormal numbers count.
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u)); // + -0
+  return product;
+}
+
 // Two values rounded to bf16, to nearest even.
 __device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
   uint32_t both;

@@ -5,7 +5,7 @@
 // halves of its pairs. A block of threads takes kHeads heads of one token, whose angles it computes once.
 #include "kvkeye/rope_cuda.h"
 
-#include "ptx.h"
+#include "e4m3.h"
 
 namespace kvkeye::cuda {
 namespace {
@@ -35,8 +35,8 @@ __device__ void turn_of(float angle, float& cosine, float& sine) {
   cosine = ((quarter + 1) & 2) != 0 ? -(swapped ? s : c) : (swapped ? s : c);
 }
 
-template <class T, int Dim>
-__device__ void fill_angles(Angles<Dim>& angles, const QkNormMropeAppendCudaParams<T>& p, int64_t token) {
+template <int Dim, class Params>
+__device__ void fill_angles(Angles<Dim>& angles, const Params& p, int64_t token) {
   for (int i = (int)threadIdx.x; i < Dim / 2; i += kThreads) {
     const int axis = (i >= p.section_ends[0]) + (i >= p.section_ends[1]);
     const float position = (float)p.positions[axis * p.tokens + token];
@@ -71,6 +71,14 @@ __device__ __forceinline__ void store(bf16* target, const float (&x)[kEach]) {
       make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
 }
 
+__device__ __forceinline__ void store(e4m3* target, const float (&x)[kEach], float scale) {
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    words[i / 4] |= level_of(x[i], scale) << 8 * (i % 4);
+  *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+}
+
 // The value as it reads back after being stored as T.
 template <class T> __device__ __forceinline__ float rounded(float x);
 template <> __device__ __forceinline__ float rounded<float>(float x) {
@@ -97,6 +105,18 @@ template <class T, int Dim> __device__ void norm(float (&x)[kEach], const T* wei
     x[i] = rounded<T>(__fmul_rn(rounded<T>(__fmul_rn(x[i], scale)), w[i]));
 }
 
+// What the head's levels are multiplied with. All of its lanes hold x.
+template <int Dim> __device__ float head_scale(const float (&x)[kEach]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    largest = max(largest, magnitude_of(x[i]));
+#pragma unroll
+  for (int other = Dim / kEach / 2; other > 0; other /= 2)
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+  return scale_of(largest);
+}
+
 // y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin; x1 lies in the first half of the lanes.
 template <int Dim> __device__ void turn(float (&x)[kEach], const Angles<Dim>& angles, int lane) {
   const bool first = lane < Dim / 16;
@@ -110,9 +130,9 @@ template <int Dim> __device__ void turn(float (&x)[kEach], const Angles<Dim>& an
 }
 
 // Grid: tokens, kHeads heads each.
-template <class T, int Dim>
+template <class T, class C, int Dim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    qk_norm_mrope_append_kernel(const __grid_constant__ QkNormMropeAppendCudaParams<T> p) {
+    qk_norm_mrope_append_kernel(const __grid_constant__ QkNormMropeAppendCudaParams<T, C> p) {
   constexpr int kLanes = Dim / kEach; // of a head
   constexpr int kAtOnce = kThreads / kLanes;
   Angles<Dim>& angles = shared_memory<Angles<Dim>>();
@@ -139,6 +159,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
     for (int j = 0; j < kEach; ++j)
       y[j] = value ? x[j] : y[j];
+    [[maybe_unused]] float scale = 0.0f;
+    if constexpr (kIsE4m3<C>) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j)
+        y[j] = rounded<T>(y[j]); // as the separate ops would
+      scale = head_scale<Dim>(y);
+    }
     if (!valid || (!query && slot < 0))
       continue;
     if (query) {
@@ -146,36 +173,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       continue;
     }
     const int kv_head = (head - p.num_q_heads) % p.num_kv_heads;
-    T* cache = value ? p.v_cache : p.k_cache;
-    store(cache + (first_row + (int64_t)kv_head * p.block_size) * Dim + kEach * lane, y);
+    const int64_t row = first_row + (int64_t)kv_head * p.block_size;
+    C* target = (value ? p.v_cache : p.k_cache) + row * Dim + kEach * lane;
+    if constexpr (kIsE4m3<C>) {
+      store(target, y, scale);
+      if (lane == 0)
+        (value ? p.v_scales : p.k_scales)[row] = scale;
+    } else {
+      store(target, y);
+    }
   }
 }
 
-template <class T, int Dim> int start(const QkNormMropeAppendCudaParams<T>& p, void* stream) {
+template <class T, class C, int Dim> int start(const QkNormMropeAppendCudaParams<T, C>& p, void* stream) {
   const int heads = p.num_q_heads + 2 * p.num_kv_heads;
   const dim3 grid((unsigned)p.tokens, (unsigned)((heads + kHeads - 1) / kHeads));
-  return launch<qk_norm_mrope_append_kernel<T, Dim>>(grid, dim3(kThreads), sizeof(Angles<Dim>), stream, p);
+  return launch<qk_norm_mrope_append_kernel<T, C, Dim>>(grid, dim3(kThreads), sizeof(Angles<Dim>), stream, p);
 }
 
 } // namespace
 
-template <class T>
-int qk_norm_mrope_append(const QkNormMropeAppendCudaParams<T>& p, int64_t dim, void* stream) {
+template <class T, class C>
+int qk_norm_mrope_append(const QkNormMropeAppendCudaParams<T, C>& p, int64_t dim, void* stream) {
   if (p.tokens == 0)
     return cudaSuccess;
-  switch (dim) {
-  case 64:
-    return start<T, 64>(p, stream);
-  case 128:
-    return start<T, 128>(p, stream);
-  case 256:
-    return start<T, 256>(p, stream);
-  default:
-    return cudaErrorInvalidValue;
-  }
+  if (dim == 64)
+    return start<T, C, 64>(p, stream);
+  if (dim == 128)
+    return start<T, C, 128>(p, stream);
+  if constexpr (!kIsE4m3<C>)
+    if (dim == 256)
+      return start<T, C, 256>(p, stream);
+  return cudaErrorInvalidValue;
 }
 
-template int qk_norm_mrope_append<float>(const QkNormMropeAppendCudaParams<float>&, int64_t, void*);
-template int qk_norm_mrope_append<bf16>(const QkNormMropeAppendCudaParams<bf16>&, int64_t, void*);
+template int qk_norm_mrope_append(const QkNormMropeAppendCudaParams<float>&, int64_t, void*);
+template int qk_norm_mrope_append(const QkNormMropeAppendCudaParams<bf16>&, int64_t, void*);
+template int qk_norm_mrope_append(const QkNormMropeAppendCudaParams<bf16, e4m3>&, int64_t, void*);
 
 } // namespace kvkeye::cuda

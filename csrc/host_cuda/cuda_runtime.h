@@ -71,6 +71,9 @@ inline const dim3& threadIdx = kvkeye::host_cuda::place.thread;
 inline int min(int a, int b) {
   return a < b ? a : b;
 }
+inline unsigned max(unsigned a, unsigned b) {
+  return a > b ? a : b;
+}
 inline int max(int a, int b) {
   return a > b ? a : b;
 }

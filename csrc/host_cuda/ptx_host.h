@@ -110,6 +110,11 @@ inline void join_products(void* const* lanes) {
 
 } // namespace fragments
 
+inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  using fragments::half_of;
+  return pack_bf16(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
+}
+
 inline void load_matrices(uint32_t (&found)[4], const void* row, KVKEYE_HERE) {
   fragments::load<false>("ldmatrix", found, row, here);
 }

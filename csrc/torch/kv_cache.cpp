@@ -20,10 +20,12 @@ Tensor slots_of(const char* op, const Tensor& slot_mapping, int64_t tokens, cons
 }
 
 void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-               const Tensor& slot_mapping) {
+               const Tensor& slot_mapping, const std::optional<Tensor>& k_scales,
+               const std::optional<Tensor>& v_scales) {
+  refuse_scales("append_kv", k_scales, v_scales);
   const Cache cache = cache_of("append_kv", k_cache, v_cache);
   slots_of("append_kv", slot_mapping, slot_mapping.numel(), cache);
-  const Append append = append_of(k, v, k_cache, v_cache, slot_mapping);
+  const Append append = append_of(k, v, k_cache, v_cache, slot_mapping, k_cache.scalar_type());
   for_items(append.tokens, cache.heads * cache.dim,
             [&](int64_t begin, int64_t end) { cpu::append_kv(append.params, begin, end); });
 }
@@ -33,8 +35,10 @@ void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
 Tensor qk_norm_mrope_append(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
                             const Tensor& positions, const Tensor& k_cache, const Tensor& v_cache,
                             const Tensor& slot_mapping, const std::vector<int64_t>& sections, double theta,
-                            double eps) {
+                            double eps, const std::optional<Tensor>& k_scales,
+                            const std::optional<Tensor>& v_scales) {
   const char* op = "qk_norm_mrope_append";
+  refuse_scales(op, k_scales, v_scales);
   const Cache cache = cache_of(op, k_cache, v_cache);
   const Projection projection = projection_of(op, qkv, q_weight, k_weight, cache.heads);
   const int64_t tokens = qkv.size(0), dim = projection.dim;

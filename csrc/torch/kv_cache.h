@@ -27,8 +27,9 @@ struct Append {
   Tensor rows[2], slots;
 };
 
+// Rows are of `dtype`.
 inline Append append_of(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& slot_mapping) {
+                        const Tensor& slot_mapping, ScalarType dtype) {
   const char* op = "append_kv";
   const Cache cache = cache_of(op, k_cache, v_cache);
   const Argument slots{op, "slot_mapping", slot_mapping};
@@ -36,12 +37,12 @@ inline Append append_of(const Tensor& k, const Tensor& v, const Tensor& k_cache,
   slots.has_dtype(ScalarType::Long);
   Append append{{}, slot_mapping.size(0), {k, v}, dense(slot_mapping)};
   AppendKvParams& params = append.params;
-  const int64_t size = (int64_t)k_cache.element_size();
+  const int64_t size = (int64_t)k.element_size();
   for (int side = 0; side < 2; ++side) {
     Tensor& rows = append.rows[side];
     const Argument argument{op, side == 0 ? "k" : "v", rows};
     argument.has_shape({append.tokens, cache.heads, cache.dim});
-    argument.has_dtype(k_cache.scalar_type());
+    argument.has_dtype(dtype);
     if (rows.stride(2) != 1)
       rows = torch::stable::contiguous(rows);
     params.source[side] = read<char>(rows);
@@ -53,7 +54,7 @@ inline Append append_of(const Tensor& k, const Tensor& v, const Tensor& k_cache,
   params.slots = cache.blocks * cache.block_size;
   params.heads = cache.heads;
   params.block_size = cache.block_size;
-  params.row_bytes = cache.dim * size;
+  params.row_bytes = cache.dim * (int64_t)k_cache.element_size();
   return append;
 }
 

@@ -148,7 +148,9 @@ template <class T> void run(PagedAttentionParams<T>& params, const Batch& batch,
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                            const Tensor& block_table, const Tensor& cu_seqlens_q,
                                            const Tensor& context_lens, const std::optional<Tensor>& tree_mask,
-                                           double softmax_scale) {
+                                           double softmax_scale, const std::optional<Tensor>& k_scales,
+                                           const std::optional<Tensor>& v_scales) {
+  refuse_scales(kOp, k_scales, v_scales);
   Argument{kOp, "q", q}.has_dim(3, "[T, Hq, D]");
   Argument{kOp, "k_cache", k_cache}.has_dim(4, "[N, Hkv, P, D]");
   const int64_t dim = q.size(2), kv_heads = k_cache.size(1), block_size = k_cache.size(2);

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvkeye.cli.exits import USAGE, CommandError
-from kvkeye.engine.config import DTYPES, QUANTIZATIONS, EngineConfig
+from kvkeye.engine.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
 from kvkeye.engine.request import SamplingParams
 
 MODES = ("think", "no_think", "auto")
@@ -67,6 +67,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantization", choices=QUANTIZATIONS, help="smaller weights for the language model, on a CPU")
     group.add_argument("--device", metavar="NAME", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
     group.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="fp8: keys and values in half the memory, on the CUDA kernels",
+    )  # fmt: skip
+    group.add_argument(
         "--backends", default="", metavar="ORDER", help="op implementations in order, e.g. cpp,eager (see kvkeye ops)"
     )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: operation by operation on a GPU")
@@ -93,6 +97,7 @@ def engine_config(arguments: argparse.Namespace, model: Path) -> EngineConfig:
         dtype=arguments.dtype,
         quantization=arguments.quantization,
         device=arguments.device,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         backends=arguments.backends,
         enforce_eager=arguments.enforce_eager,
         max_model_len=arguments.max_model_len,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from kvkeye import ops
 from kvkeye.engine.config import EngineConfig, SpeculationConfig
 from kvkeye.engine.machine import default_dtype
 from kvkeye.env import BACKENDS
+from kvkeye.errors import ConfigError
 from kvkeye.ops import Implementation
 
 logger = logging.getLogger("kvkeye.engine")
@@ -36,6 +38,8 @@ SERVING_OPS = (
     "varlen_attention",
     "verify_draft",
 )
+#: What reads or writes the keys and values of every token.
+FP8_OPS = ("paged_attention", "qk_norm_mrope_append")
 #: (op, implementation) on a GPU whose bits depend on the number of rows, and why.
 VARIANT = {("packed_linear", "cuda"): "cuBLAS chooses its kernel, and with it the order of sums, by the number of rows"}
 
@@ -88,6 +92,13 @@ def serving_backends(config: EngineConfig, device: torch.device) -> str:
     """
     with ops.use_backends(config.backends):
         pass  # refuses unknown names
+    backends = _backends(config, device)
+    if config.kv_cache_dtype == "fp8":
+        check_fp8(backends, device)
+    return backends
+
+
+def _backends(config: EngineConfig, device: torch.device) -> str:
     invariant = is_invariant(config, device)
     if config.backends or BACKENDS.get():
         return config.backends
@@ -96,6 +107,21 @@ def serving_backends(config: EngineConfig, device: torch.device) -> str:
         names = [op for op in SERVING_OPS if op != "verify_draft" or isinstance(config.speculation, SpeculationConfig)]
         return gpu_backends([gpu_choice(op, dtype, invariant) for op in names], device, invariant)
     return _cpu_backends() if invariant else ""
+
+
+def check_fp8(backends: str, device: torch.device) -> None:
+    """ConfigError unless what touches the keys and values of every token takes FP8 caches on these backends."""
+    with ops.use_backends(backends) if backends else nullcontext():
+        for name in FP8_OPS:
+            order = ops.OPS[name].order(device.type)
+            known = ops.OPS[name].implementations
+            takes = [each for each, found in known.items() if torch.float8_e4m3fn in found.storage]
+            if not {*takes, "eager"}.intersection(order):
+                raise ConfigError(
+                    f"EngineConfig.kv_cache_dtype: got 'fp8', but on {device} {name} runs on {', '.join(order)}; FP8 "
+                    f"caches are taken by {', '.join(takes)} in bfloat16, and by eager, the slow reference. Leave "
+                    f"kv_cache_dtype at 'auto', or set backends='{';'.join(f'{op}=eager' for op in FP8_OPS)};*=cpp'."
+                )
 
 
 def gpu_backends(choices: Iterable[Choice], device: torch.device, invariant: bool) -> str:

@@ -13,6 +13,7 @@ SPECULATION_METHODS = ("ngram", "suffix", "draft_model", "eagle3")
 _WITH_MODEL = ("draft_model", "eagle3")
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8",)
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class EngineConfig:
     dtype                   "float32", "bfloat16" or "float16"; None: bf16 on a GPU and on CPUs with AVX512-BF16 or AMX
     quantization            "int8": the language model's matrices as int8 levels, on the CPU; None: as loaded
     device                  "cpu", "cuda", "cuda:1"; None: a GPU if there is one
+    kv_cache_dtype          "auto": keys and values as the model computes them; "fp8": as e4m3 with a scale per head and
+                            token, nearly twice as many blocks; on the CUDA kernels in bf16, and on the reference
     block_size              tokens per KV block
     max_model_len           longest prompt plus answer, in tokens; None: the checkpoint's, at most 32768
     max_num_seqs            answers computed in one step
@@ -103,6 +106,7 @@ class EngineConfig:
     dtype: str | None = None
     quantization: str | None = None
     device: str | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int = 32
     max_model_len: int | None = None
     max_num_seqs: int = 16
@@ -135,6 +139,11 @@ class EngineConfig:
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ConfigError(
                 f"EngineConfig.quantization: got {self.quantization!r}; expected {', '.join(QUANTIZATIONS)}, or None."
+            )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"EngineConfig.kv_cache_dtype: got {self.kv_cache_dtype!r}; expected one of "
+                f"{', '.join(KV_CACHE_DTYPES)}."
             )
         counts = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_encoder_patches")
         for name in (*counts, "num_prepare_threads"):

@@ -89,7 +89,7 @@ class Engine:
         self.processor = processor
         self.vocab_size = text.vocab_size
         self.max_model_len = plan.max_model_len
-        self.runner = Runner(model, plan.num_blocks, config.block_size, backends, head)
+        self.runner = Runner(model, plan.num_blocks, config.block_size, backends, head, plan.dtype)
         if head is not None and self.speculation is not None:
             num_tokens = self.speculation.num_tokens
             head.allocate(plan.num_blocks, config.block_size, config.max_num_seqs, num_tokens, backends)

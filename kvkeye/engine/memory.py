@@ -23,16 +23,23 @@ class CachePlan:
     max_model_len: int
     num_blocks: int
     block_bytes: int
+    dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
 
+def cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the KV caches hold beside a model of `dtype`."""
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+
+
 def block_bytes(text: TextConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers: keys and values."""
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    return per_token * block_size * dtype.itemsize
+    """Bytes of one block over all layers: keys, values, and of float8_e4m3fn a scale for each head and token."""
+    scale = torch.float32.itemsize if dtype == torch.float8_e4m3fn else 0
+    rows = 2 * text.num_hidden_layers * text.num_key_value_heads * block_size
+    return rows * (text.head_dim * dtype.itemsize + scale)
 
 
 def check_weights_fit(num_bytes: int, device: torch.device) -> None:
@@ -66,7 +73,8 @@ def plan_cache(
     Raises CapacityError with the sum if one full context, or what was asked for, does not fit.
     """
     max_model_len = context_length(config, text)
-    size = block_bytes(text, config.block_size, dtype) + head_bytes
+    held = cache_dtype(config, dtype)
+    size = block_bytes(text, config.block_size, held) + head_bytes
     per_sequence = ceil_div(max_model_len, config.block_size)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
@@ -74,7 +82,7 @@ def plan_cache(
         num_blocks = config.kv_cache_memory // size
     else:
         num_blocks = min(config.max_num_seqs * per_sequence, int(free_bytes * KV_SHARE) // size)
-    plan = CachePlan(max_model_len, num_blocks, size)
+    plan = CachePlan(max_model_len, num_blocks, size, held)
     _check(plan, per_sequence, config, free_bytes)
     logger.info("KV cache: %d blocks of %d tokens, %s", num_blocks, config.block_size, gib(plan.num_bytes))
     return plan

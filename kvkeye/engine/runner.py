@@ -5,7 +5,7 @@ Knows tensors; must not know requests' lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -42,7 +42,10 @@ class FeatureObserver(Protocol):
 
 
 class Runner:
-    """One model with its caches. `backends` orders op implementations for everything that runs here."""
+    """One model with its caches. `backends` orders op implementations for everything that runs here.
+
+    cache_dtype  what keys and values are kept in, the model's dtype unless given; float8_e4m3fn comes with scales
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Runner:
         block_size: int,
         backends: str = "",
         observer: FeatureObserver | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.backends = backends
@@ -62,9 +66,16 @@ class Runner:
         self._encoder_graphs: EncoderGraphs | None = None
         text = model.config.text
         shape = (num_blocks, text.num_key_value_heads, block_size, text.head_dim)
-        layers = range(text.num_hidden_layers)
-        self.k_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
-        self.v_caches = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
+        held = cache_dtype or model.dtype
+        self.has_scales = held == torch.float8_e4m3fn
+
+        def of_layers(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(text.num_hidden_layers)]
+
+        self.k_caches, self.v_caches = of_layers(shape, held), of_layers(shape, held)
+        self.k_scales, self.v_scales = (
+            of_layers(shape[:3], torch.float32) if self.has_scales else [] for _ in range(2)
+        )
 
     def _forced(self) -> AbstractContextManager[None]:
         return ops.settle(self._choices, self.backends)
@@ -143,18 +154,25 @@ class Runner:
         hidden, *seen = self._decode(self.model.embed(inputs.token_ids), inputs)
         return [self.model.logits(hidden), *seen]
 
+    def _slots(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All that slots hold, as pairs [N, Hkv, P, X] that move without a change: e4m3 as bytes, then its scales."""
+        for k_cache, v_cache in zip(self.k_caches, self.v_caches):
+            yield (k_cache.view(torch.uint8), v_cache.view(torch.uint8)) if self.has_scales else (k_cache, v_cache)
+        for k_scales, v_scales in zip(self.k_scales, self.v_scales):
+            yield k_scales[..., None], v_scales[..., None]
+
     def _copy_blocks(self, batch: ForwardBatch) -> None:
         if len(batch.block_copies):
-            for k_cache, v_cache in zip(self.k_caches, self.v_caches):
-                ops.copy_blocks(k_cache, v_cache, batch.block_copies)
+            for keys, values in self._slots():
+                ops.copy_blocks(keys, values, batch.block_copies)
 
     def _move_slots(self, moves: list[tuple[int, int]]) -> None:
         """Copies keys and values of single tokens (source, target); sources are read before targets are written."""
         source, target = sent(moves, torch.int64, self.model.device).unbind(1)
         block_size = self.k_caches[0].shape[2]
         block, offset = source // block_size, source % block_size
-        for k_cache, v_cache in zip(self.k_caches, self.v_caches):
-            ops.append_kv(k_cache[block, :, offset], v_cache[block, :, offset], k_cache, v_cache, target)
+        for keys, values in self._slots():
+            ops.append_kv(keys[block, :, offset], values[block, :, offset], keys, values, target)
 
     def _context(self, inputs: TokenInputs) -> PagedContext:
         return PagedContext(
@@ -165,6 +183,8 @@ class Runner:
             context_lens=inputs.context_lens,
             slot_mapping=inputs.slot_mapping,
             tree_mask=inputs.tree_mask,
+            k_scales=self.k_scales,
+            v_scales=self.v_scales,
         )
 
     def encode(self, batch: EncodeBatch) -> None:

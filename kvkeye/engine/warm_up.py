@@ -14,6 +14,7 @@ from kvkeye.engine.decode_graphs import token_sizes
 from kvkeye.engine.encoder_graphs import patch_sizes
 from kvkeye.engine.graphs import CudaRecorder, Recorder
 from kvkeye.engine.machine import available_bytes, gib
+from kvkeye.engine.memory import cache_dtype
 from kvkeye.engine.runner import FeatureObserver, Runner
 from kvkeye.models.keye.model import KeyeModel
 
@@ -52,7 +53,7 @@ def working_bytes(
     if model.device.type != "cuda":
         return 0
     before = available_bytes(model.device)
-    trial = Runner(model, 1, config.block_size, backends, observer)
+    trial = Runner(model, 1, config.block_size, backends, observer, cache_dtype(config, model.dtype))
     trial.rehearse(config.max_num_batched_tokens, config.max_num_seqs, config.max_num_encoder_patches)
     warm_up(trial, config, max_model_len)
     torch.cuda.synchronize(model.device)

@@ -59,13 +59,14 @@ class SelfAttention(nn.Module):
 
     def _paged(self, qkv: Tensor, positions: Tensor, context: PagedContext) -> Tensor:
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
+        scales = context.scales(self.layer_index)
         q = ops.qk_norm_mrope_append(
             qkv, self.q_norm, self.k_norm, positions, k_cache, v_cache, context.slot_mapping,
-            self.sections, self.rope_theta, self.eps,
+            self.sections, self.rope_theta, self.eps, *scales,
         )  # fmt: skip
         o: Tensor = ops.paged_attention(
             q, k_cache, v_cache, context.block_table, context.cu_seqlens_q, context.context_lens,
-            context.tree_mask, self.softmax_scale,
+            context.tree_mask, self.softmax_scale, *scales,
         )[0]  # fmt: skip
         return o
 

@@ -38,12 +38,13 @@ class PackedContext:
 class PagedContext:
     """The newest tokens of each sequence over a paged cache, to which they are appended. Inference only.
 
-    k_caches, v_caches  per layer [N, Hkv, P, D]; changed by the forward pass
+    k_caches, v_caches  per layer [N, Hkv, P, D], in the model's dtype or float8_e4m3fn; changed by the forward pass
     block_table         [B, M] int32
     cu_seqlens_q        [B + 1] int32, bounds of each sequence's new tokens
     context_lens        [B] int32, the new tokens included
     slot_mapping        [T] int64, block * P + offset; -1 is not written
     tree_mask           [T] int64 bits, or None for causal order
+    k_scales, v_scales  per layer [N, Hkv, P] fp32 with float8_e4m3fn caches; changed with them
     """
 
     k_caches: Sequence[Tensor]
@@ -53,6 +54,12 @@ class PagedContext:
     context_lens: Tensor
     slot_mapping: Tensor
     tree_mask: Tensor | None = None
+    k_scales: Sequence[Tensor] = ()
+    v_scales: Sequence[Tensor] = ()
+
+    def scales(self, layer: int) -> tuple[Tensor, ...]:
+        """Those of one layer, keys' and values'; none where the caches have none."""
+        return (self.k_scales[layer], self.v_scales[layer]) if self.k_scales else ()
 
 
 Context = PackedContext | PagedContext

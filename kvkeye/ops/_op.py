@@ -32,13 +32,18 @@ OPS: dict[str, "Op"] = {}
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op. `call` is resolved at first use; `refuses` yields sentences."""
+    """One way to run an op. `call` is resolved at first use; `refuses` yields sentences.
+
+    dtypes   what it computes on
+    storage  further dtypes of arguments: quantised values, and their scales
+    """
 
     op: str
     name: str
     dtypes: tuple[torch.dtype, ...]
     refuses: Reasons | None = None
     target: str | None = None
+    storage: tuple[torch.dtype, ...] = ()
 
     def absent(self) -> str | None:
         """Why this implementation cannot exist on this machine, or None."""
@@ -78,8 +83,8 @@ class Implementation:
             if self.name == "triton" and on_cpu and not _library.triton_interprets():
                 yield "a tensor is on the CPU; Triton needs a GPU or TRITON_INTERPRET=1"
                 return
-            if tensor.is_floating_point() and tensor.dtype not in self.dtypes:
-                names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            if tensor.is_floating_point() and tensor.dtype not in (*self.dtypes, *self.storage):
+                names = ", ".join(str(d).removeprefix("torch.") for d in (*self.dtypes, *self.storage))
                 yield f"a tensor is {str(tensor.dtype).removeprefix('torch.')}; {self.name} takes {names}"
                 return
 
@@ -130,6 +135,7 @@ class Op:
         *,
         refuses: Reasons | None = None,
         dtypes: Sequence[torch.dtype] | None = None,
+        storage: Sequence[torch.dtype] = (),
     ) -> None:
         """Adds an implementation. `target` is "module:function" below `kvkeye.triton_kernels`, or for "cuda" below
         `kvkeye.ops`, where a library does it; without one it is the kernel of the op's name in the compiled library.
@@ -143,7 +149,7 @@ class Op:
             default = (torch.float32, torch.bfloat16)
         self.chosen.clear()
         self.implementations[name] = Implementation(
-            self.name, name, tuple(dtypes) if dtypes else default, refuses, target
+            self.name, name, tuple(dtypes) if dtypes else default, refuses, target, tuple(storage)
         )
 
     def check(self, *args: Any) -> None:
@@ -175,13 +181,17 @@ class Op:
             return name, call
         raise UnsupportedError(f"no implementation accepts this call\n{self.explain(*args)}")
 
+    def order(self, device: str) -> tuple[str, ...]:
+        """The implementations that calls on `device` may run, the first choice first."""
+        return _policy.order(self.family, self.name, device).names
+
     def first_choice(self, device: str) -> tuple[str, list[str]]:
         """The implementation that calls on `device` try first, and why those before it in the order are passed over.
 
         Where no GPU is visible, what a machine with one would run: an implementation counts if it is declared.
         """
         passed: list[str] = []
-        for name in _policy.order(self.family, self.name, device).names:
+        for name in self.order(device):
             here = device == "cpu" or torch.cuda.is_available()
             reasons = list(self._reasons(name, (), ())) if here or name not in self.implementations else []
             if not reasons:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvkeye.ops._autograd import wide
+from kvkeye.ops._fp8_cache import FP8, dequantized, scales_fit
 from kvkeye.ops._op import op
 
 
@@ -83,15 +84,20 @@ varlen_attention_backward.implement("triton", "attention:varlen_attention_backwa
 
 def _paged_fits(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor,
-    tree_mask: Optional[Tensor], softmax_scale: float,
+    tree_mask: Optional[Tensor], softmax_scale: float, k_scales: Optional[Tensor] = None,
+    v_scales: Optional[Tensor] = None,
 ) -> Iterator[str]:  # fmt: skip
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         yield f"k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; expected twice [N, Hkv, P, D]"
         return
     if q.dim() != 3 or q.shape[2] != k_cache.shape[3] or q.shape[1] % max(k_cache.shape[1], 1):
         yield f"q is {tuple(q.shape)}; expected [T, Hq, {k_cache.shape[3]}], Hq a multiple of {k_cache.shape[1]}"
-    if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
-        yield f"q is {q.dtype}, the caches {k_cache.dtype} and {v_cache.dtype}; one dtype is required"
+    if k_cache.dtype != v_cache.dtype or (q.dtype if k_cache.dtype != FP8 else FP8) != k_cache.dtype:
+        yield (
+            f"q is {q.dtype}, the caches {k_cache.dtype} and {v_cache.dtype}; one dtype is required, or "
+            "float8_e4m3fn of both caches"
+        )
+    yield from scales_fit(k_cache, k_scales, v_scales)
     batch = context_lens.shape[0]
     for name, tensor, shape in (
         ("block_table", block_table, (batch, block_table.shape[-1])),
@@ -114,6 +120,8 @@ def paged_attention(
     context_lens: Tensor,
     tree_mask: Optional[Tensor],
     softmax_scale: float,
+    k_scales: Optional[Tensor] = None,
+    v_scales: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens of each sequence over its paged keys and values.
 
@@ -122,8 +130,9 @@ def paged_attention(
     set: bit j of tree_mask[t] lets row t see row j of its sequence.
 
     Shapes     q [T, Hq, D]  k_cache, v_cache [N, Hkv, P, D]  block_table [B, M]  cu_seqlens_q [B + 1]
-               context_lens [B]  tree_mask [T] or None
-    Args       q and caches one floating dtype;  block_table int32, entries past ceil(context_lens / P) are not
+               context_lens [B]  tree_mask [T] or None  k_scales, v_scales [N, Hkv, P] or None
+    Args       q and caches one floating dtype, or float8_e4m3fn caches as append_kv writes them, with both scales
+               in fp32: key = level * scale;  block_table int32, entries past ceil(context_lens / P) are not
                read;  context_lens int32 tokens, the new ones included and already in the cache;  tree_mask int64
                bits, at most 64 rows per sequence
     Returns    o [T, Hq, D] dtype of q;  lse [T, Hq] fp32;  a row that sees nothing gives o = 0, lse = -inf
@@ -140,8 +149,11 @@ def paged_attention(
     for b, length in enumerate(context_lens.tolist()):
         start, stop = bounds[b], bounds[b + 1]
         blocks = block_table[b, : -(-length // block_size)].long()
-        keys = k_cache[blocks].transpose(1, 2).flatten(0, 1)[:length]  # [L, Hkv, D]
-        values = v_cache[blocks].transpose(1, 2).flatten(0, 1)[:length]
+        keys, values = (
+            dequantized(cache[blocks], None if scales is None else scales[blocks])  # [M, Hkv, P, D]
+            .transpose(1, 2).flatten(0, 1)[:length]  # [L, Hkv, D]
+            for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
+        )  # fmt: skip
         mask = _visible(stop - start, length, None if tree_mask is None else tree_mask[start:stop], q.device)
         o[start:stop], lse[start:stop] = _attend(q[start:stop], keys, values, mask, softmax_scale)
     return o, lse
@@ -161,16 +173,27 @@ def _visible(rows: int, length: int, bits: Optional[Tensor], device: torch.devic
 paged_attention.fake(lambda q, *rest: (q.new_empty(q.shape), wide(q).new_empty(q.shape[:2])))
 
 
-def _not_for_the_paged_kernel(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object) -> Iterator[str]:
-    if q.shape[2] not in (64, 72, 80, 128):
-        yield f"the head size is {q.shape[2]}; the GPU kernel takes 64, 72, 80 and 128"
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not cache.is_contiguous():
+def _not_for_the_paged_kernel(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor,
+    tree_mask: Optional[Tensor], softmax_scale: float, k_scales: Optional[Tensor] = None,
+    v_scales: Optional[Tensor] = None,
+) -> Iterator[str]:  # fmt: skip
+    sizes = (64, 128) if k_cache.dtype == FP8 else (64, 72, 80, 128)
+    if q.shape[2] not in sizes:
+        known = ", ".join(map(str, sizes))
+        yield f"the head size is {q.shape[2]}; over {k_cache.dtype} caches the GPU kernel takes {known}"
+    if q.dtype != torch.bfloat16:
+        yield f"q is {q.dtype}; the GPU kernel takes bfloat16"
+    caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scales": k_scales, "v_scales": v_scales}
+    for name, cache in caches.items():
+        if cache is not None and not cache.is_contiguous():
             yield f"{name} is not contiguous; the GPU kernel copies whole rows"
 
 
 paged_attention.implement("cpp")
-paged_attention.implement("cuda", refuses=_not_for_the_paged_kernel, dtypes=(torch.bfloat16,))
+paged_attention.implement(
+    "cuda", refuses=_not_for_the_paged_kernel, dtypes=(torch.bfloat16,), storage=(FP8, torch.float32)
+)
 paged_attention.implement("triton", "attention:paged_attention")
 
 

@@ -90,6 +90,12 @@ class Sample:
     def permutation(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self._generator).to(self.device)
 
+    def fp8(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Normal rows as e4m3 levels [..., D] and their scales [...] in fp32."""
+        rows = self.fp32(*shape)
+        scales = rows.abs().amax(-1) / 448.0
+        return (rows / scales[..., None]).to(torch.float8_e4m3fn), scales
+
     def tensor(self, values: Any, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 

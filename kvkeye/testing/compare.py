@@ -37,9 +37,15 @@ def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return mapped(Tensor.clone, args)
 
 
+def changed_arguments(op: Any, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The arguments of a call that the op changes, by name; those that were left out are not there."""
+    given = dict(zip(op.parameters, args))
+    return {name: given[name] for name in op.mutates if given.get(name) is not None}
+
+
 def reference_outputs(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What an op's body gives, its contract unasked (float64 arguments break some); then the arguments it changed."""
-    changed = tuple(args[op.parameters.index(name)] for name in op.mutates)
+    changed = tuple(changed_arguments(op, args).values())
     return tuple(r for r in as_tuple(op.reference(*args)) if r is not None) + changed
 
 

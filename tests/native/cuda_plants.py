@@ -99,5 +99,18 @@ VIDEO_FUSION = [
     Plant("video_fusion.cu", "tile < (int)p.tiles", "tile <= (int)p.tiles", "starts"),
     Plant("video_fusion.cu", "p.weights[tile * p.length + place]", "p.weights[tile * p.length + place + 1]", "weights"),
 ]
+FP8 = [
+    Plant("paged_attention.cu", "p.k_scales[place]", "p.k_scales[place + 1]", "k_scales"),
+    Plant("paged_attention.cu", "p.v_scales[place]", "p.v_scales[place + 1]", "v_scales"),
+    Plant("rope.cu", "(value ? p.v_scales : p.k_scales)[row]", "(value ? p.v_scales : p.k_scales)[row + 4]", "scales"),
+    Plant(
+        "kv_cache.cu",
+        "(int64_t)blockIdx.x * p.token_stride[side]",
+        "(int64_t)(blockIdx.x + 1) * p.token_stride[side]",
+        "rows to quantise",
+    ),
+    Plant("kv_cache.cu", "p.scales[side][row]", "p.scales[side][row + 1]", "scales"),
+    Plant("kv_cache.cu", "row * p.row_bytes + i", "(row + 1) * p.row_bytes + i", "levels"),
+]
 
-ALL = [*ATTENTION, *SAMPLING, *SPECULATIVE, *ROPE, *VISION, *KV_CACHE, *VIDEO_FUSION]
+ALL = [*ATTENTION, *SAMPLING, *SPECULATIVE, *ROPE, *VISION, *KV_CACHE, *VIDEO_FUSION, *FP8]

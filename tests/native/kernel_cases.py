@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvkeye import ops
 from kvkeye.ops import _library
+from kvkeye.testing.compare import changed_arguments
 
 DTYPES = (torch.float32, torch.bfloat16)
 GRIDS = [1, 4, 6, 2, 2, 10, 1, 8, 2]  # three pictures, one of two frames
@@ -241,7 +242,7 @@ def results(name: str, call: Callable[..., Any], args: tuple[Any, ...]) -> list[
         args = copied(args)
     returned = call(*args)
     found = [] if returned is None else list(returned) if isinstance(returned, tuple) else [returned]
-    return found + [args[op.parameters.index(parameter)] for parameter in op.mutates]
+    return [*found, *changed_arguments(op, args).values()]
 
 
 def error(found: Tensor, truth: Tensor) -> float:

@@ -60,7 +60,7 @@ class Paged:
             "tree": int(self.tree is not None), "tokens": tokens, "sequences": len(self.context), "q_heads": heads,
             "kv_heads": self.k.shape[1], "blocks": self.k.shape[0], "block_size": self.k.shape[2], "head_dim": dim,
             "max_blocks": self.table.shape[1], "scale_billionths": round(dim**-0.5 * 1e9),
-            "in_one_walk": 0, "replay": 0,
+            "in_one_walk": 0, "replay": 0, "fp8": 0,
         } | numbers  # fmt: skip
         buffers = {
             "q": q, "k_cache": self.k, "v_cache": self.v, "block_table": self.table, "cu_seqlens_q": self.bounds,
@@ -72,7 +72,7 @@ class Paged:
     def suffix(self, count: int, drop: int = 0) -> Paged:
         """The one sequence's last `count` rows alone, without the `drop` newest tokens."""
         last = len(self.q) - drop
-        alone = object.__new__(Paged)
+        alone = object.__new__(type(self))
         alone.__dict__ = dict(self.__dict__)
         alone.q, alone.context = self.q[last - count : last], self.context - drop
         alone.bounds = torch.tensor([0, count], dtype=torch.int32)

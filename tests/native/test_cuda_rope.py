@@ -59,7 +59,7 @@ class Write:
             "offset": padding, "stride": padding + width, "tokens": tokens, "head_dim": dim,
             "slots": k_cache.shape[0] * 4, "q_heads": width // dim - 2 * k_cache.shape[1], "kv_heads": k_cache.shape[1],
             "block_size": 4, "first_end": self.sections[0], "second_end": sum(self.sections[:2]),
-            "bf16": int(self.qkv.dtype == torch.bfloat16),
+            "bf16": int(self.qkv.dtype == torch.bfloat16), "fp8": 0,
         }  # fmt: skip
         frequency = 1e6 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
         buffers = {

@@ -190,7 +190,7 @@ def _paged_attention_merge_kernel(
 
 def paged_attention_refuses(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor,
-    tree_mask: Tensor | None, softmax_scale: float,
+    tree_mask: Tensor | None, softmax_scale: float, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> Iterator[str]:  # fmt: skip
     yield from attention_refuses(q, context_lens.shape[0], softmax_scale)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -210,9 +210,9 @@ def split_workers(num_programs: int, num_splits: int, num_pairs: int) -> int:
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor,
-    tree_mask: Tensor | None, softmax_scale: float,
+    tree_mask: Tensor | None, softmax_scale: float, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See kvkeye.ops.paged_attention."""
+    """See kvkeye.ops.paged_attention; caches with scales are refused by their dtype."""
     q, (num_tokens, num_q_heads, head_dim) = as_heads(q), q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     num_sequences, group, device = context_lens.shape[0], num_q_heads // num_kv_heads, q.device

@@ -1,7 +1,7 @@
 // Paged attention on the GPU: what a launch needs, and how a call is cut into blocks of threads.
 #pragma once
 
-#include "kvkeye/common/types.h"
+#include "kvkeye/common/e4m3.h"
 
 #include <cstdint>
 
@@ -9,11 +9,11 @@ namespace kvkeye {
 
 constexpr int kCudaTile = 64, kCudaSplit = 512; // positions; both start at multiples of themselves
 
-// T is bf16.
-template <class T> struct PagedCudaParams {
-  const T* q;                                 // [T, num_q_heads, head_dim], aligned to 4 bytes
+// T is what the caches hold: bf16 or e4m3. Queries and outputs are bf16.
+template <class T> struct PagedCudaParams : CacheScales<T, const float> {
+  const bf16* q;                              // [T, num_q_heads, head_dim], aligned to 4 bytes
   const T *k_cache, *v_cache;                 // [num_blocks, num_kv_heads, block_size, head_dim], to 16 bytes
-  T* o;                                       // [T, num_q_heads, head_dim]
+  bf16* o;                                    // [T, num_q_heads, head_dim]
   float* lse;                                 // [T, num_q_heads]
   const int32_t* block_table;                 // [num_sequences, max_blocks]
   const int32_t *cu_seqlens_q, *context_lens; // [num_sequences + 1], [num_sequences]
@@ -48,7 +48,8 @@ inline PagedCudaPlan paged_cuda_plan(int64_t tokens, int64_t sequences, int64_t 
 
 namespace cuda {
 // Pointers are device pointers, `stream` is a cudaStream_t; returns a cudaError_t. head_dim is 64, 72, 80 or
-// 128. A block, length or bound out of range traps: it is not known on the host without a synchronisation.
+// 128, over e4m3 64 or 128. A block, length or bound out of range traps: it is not known on the host without
+// a synchronisation.
 template <class T>
 int paged_attention(const PagedCudaParams<T>& params, const PagedCudaPlan& plan, int64_t head_dim,
                     void* stream);

@@ -1,7 +1,8 @@
-// The paged cache: slot = block * block_size + offset, cache [blocks, heads, block_size, row]. Moves bytes
-// only.
+// The paged cache: slot = block * block_size + offset, cache [blocks, heads, block_size, row]. Kernels move
+// bytes; only those into e4m3 know what a row holds.
 #pragma once
 
+#include "kvkeye/common/e4m3.h"
 #include "kvkeye/common/kernel.h"
 
 namespace kvkeye {
@@ -14,6 +15,11 @@ struct AppendKvParams {
   int64_t slots;               // blocks * block_size: every slot is below it
   int64_t heads, block_size, row_bytes;
   int64_t token_stride[2], head_stride[2]; // in bytes
+};
+
+// From rows of bf16 to caches of e4m3, of which row_bytes speaks; on the GPU.
+struct QuantizeKvParams : AppendKvParams {
+  float* scales[2]; // [blocks, heads, block_size]
 };
 
 // Items are pairs. Targets are distinct and no target is a source.
@@ -30,6 +36,7 @@ KVKEYE_UNTYPED_KERNEL(copy_blocks, CopyBlocksParams)
 // or block out of range traps: it is not known on the host without a synchronisation.
 namespace cuda {
 int append_kv(const AppendKvParams& params, int64_t tokens, void* stream);
+int quantize_kv(const QuantizeKvParams& params, int64_t tokens, void* stream);
 int copy_blocks(const CopyBlocksParams& params, int64_t pairs, void* stream);
 } // namespace cuda
 

@@ -59,6 +59,13 @@ def _paged(
     )  # fmt: skip
 
 
+def _in_fp8(sample: Sample, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call over e4m3 caches of other values."""
+    q, k, v, *rest = args
+    (k, k_scales), (v, v_scales) = sample.fp8(*k.shape), sample.fp8(*v.shape)
+    return q, k, v, *rest, k_scales, v_scales
+
+
 @cases("paged_attention")
 def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Case("decode", (*_paged(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5))
@@ -73,16 +80,36 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     wide = torch.cat((k, v), -1)  # keys and values of a token side by side
     yield Case("strided_caches", (q, wide[..., :72], wide[..., 72:], *rest, None, 72**-0.5))
     yield Case("splits", (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5), small=False)
+    for name, args in (
+        ("fp8_decode", (*_paged(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5)),
+        ("fp8_mixed", (*_paged(sample, [33, 64, 6], [1, 40, 3], (4, 1), 32, 64), None, 64**-0.5)),
+        ("fp8_tree", (*_paged(sample, [12, 5], [4, 3], (2, 1), 8, 128), mask, 128**-0.5)),
+    ):
+        yield Case(name, _in_fp8(sample, args), must_accept=("cuda",) if sample.dtype == torch.bfloat16 else ())
+    args = _in_fp8(sample, (*_paged(sample, [9, 3], [2, 1], (2, 1), 4, 72), None, 72**-0.5))
+    yield Case("fp8_D72", args, must_accept=())
+    q, k, v, *rest, k_scales, v_scales = args
+    turned = v_scales.transpose(0, 2).contiguous().transpose(0, 2)
+    yield Case("fp8_strided_scales", (q, k, v, *rest, k_scales, turned), must_accept=())
     if sample.big:
         cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)
         args = _paged(sample, [4096], [1], (32, 8), 32, 128)
         yield Case("decode_4096_32q8kv", (*args, None, 128**-0.5), cost, small=False, bench=True)
+        cost = Cost(bytes=2 * 4096 * 8 * (128 + 4), flops=4 * 32 * 128 * 4096)
+        args = _in_fp8(sample, (*args, None, 128**-0.5))
+        yield Case("fp8_decode_4096_32q8kv", args, cost, small=False, bench=True, must_accept=())
     q, k, v, table, bounds, context = _paged(sample, [3], [1], (2, 1), 4, 8)
     yield Bad("caches", (q, k, v[:1], table, bounds, context, None, 1.0), "expected twice [N, Hkv, P, D]")
     yield Bad("heads", (q[..., :4], k, v, table, bounds, context, None, 1.0), "Hq a multiple of")
     yield Bad("dtype", (q.double(), k, v, table, bounds, context, None, 1.0), "one dtype is required")
     yield Bad("table", (q, k, v, table.long(), bounds, context, None, 1.0), "block_table is")
     yield Bad("mask", (q, k, v, table, bounds, context, table[0], 1.0), "expected int64 [1]")
+    levels, scales = sample.fp8(*k.shape)
+    fp8 = (q, levels, levels, table, bounds, context, None, 1.0)
+    yield Bad("mixed", (q, levels, v, table, bounds, context, None, 1.0, scales, scales), "float8_e4m3fn of both")
+    yield Bad("no_scales", fp8, "k_scales is None; torch.float8_e4m3fn caches need fp32")
+    yield Bad("scales", (*fp8, scales.double(), scales), "k_scales is torch.float64")
+    yield Bad("useless_scales", (q, k, v, table, bounds, context, None, 1.0, scales), "k_scales are given, but")
 
 
 @cases("merge_attention_states")

@@ -31,13 +31,39 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
             cost = Cost(bytes=4 * k.numel() * sample.itemsize)
             args = (k, v, cache, cache * 2, _slots(sample, tokens, 2 * tokens))
             yield Case(f"T{tokens}", args, cost, small=False, bench=True)
+    for tokens, heads, block_size, dim in ((5, 2, 8, 72), (33, 1, 32, 128)):
+        yield _fp8_case(sample, tokens, heads, block_size, dim)
     small, slots = sample(2, 1, 4, 8), sample.integers(0, 8, 3)
     k, v = sample(3, 1, 8), sample(3, 1, 8)
+    levels, scales = sample.fp8(2, 1, 4, 8)
+    fp8 = (k, v, levels, levels.clone(), slots)
+    yield Bad("no_scales", fp8, "k_scales is None; torch.float8_e4m3fn caches need fp32 [2, 1, 4]")
+    yield Bad("scales", (*fp8, scales, scales[:, :, 1:]), "v_scales is torch.float32 (2, 1, 3)")
+    yield Bad("strided_scales", (*fp8, scales, scales.repeat_interleave(2, -1)[..., ::2]), "the scales must")
+    rows = (levels[:1, :, :3].transpose(1, 2)[0], levels[1:, :, :3].transpose(1, 2)[0], *fp8[2:])
+    yield Bad("fp8_rows", (*rows, scales, scales), "k is torch.float8_e4m3fn, v torch.float8_e4m3fn")
+    yield Bad("useless_scales", (k, v, small, small * 2, slots, scales, scales), "scales go with torch.float8_e4m3fn")
     yield Bad("caches", (k, v, small, small[:1], slots), "expected twice [N, Hkv, P, D]")
     yield Bad("strided", (k, v, small.transpose(2, 3), small.transpose(2, 3), slots), "must be contiguous")
     yield Bad("heads", (k[..., :4], v, small, small * 2, slots), "expected twice [3, 1, 8]")
     yield Bad("dtype", (k.double(), v, small, small * 2, slots), "one dtype is required")
     yield Bad("slots", (k, v, small, small * 2, slots.int()), "expected int64")
+
+
+def _fp8_case(sample: Sample, tokens: int, heads: int, block_size: int, dim: int) -> Case:
+    """Rows of zeros, of one value far above the others and at the lower end of fp32 among normal ones."""
+    k, v = sample(tokens, heads, dim), sample(tokens, heads, dim)
+    k[0], k[2, :, 3], v[3] = 0.0, 1e4, v[3] * 1e-37
+    (levels, scales), (others, other_scales) = (
+        sample.fp8(9, heads, block_size, dim),
+        sample.fp8(9, heads, block_size, dim),
+    )
+    args = (k, v, levels, others, _slots(sample, tokens, 9 * block_size), scales, other_scales)
+    return Case(f"fp8_T{tokens}_P{block_size}", args, must_accept=_gpu_in_bf16(sample))
+
+
+def _gpu_in_bf16(sample: Sample) -> tuple[str, ...]:
+    return ("cuda",) if sample.dtype == torch.bfloat16 else ()
 
 
 @cases("qk_norm_mrope_append")
@@ -55,6 +81,13 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
             cost = Cost(bytes=2 * tokens * 48 * 128 * sample.itemsize)
             args = (*_projection(sample, tokens, 32, 8), cache, cache * 2, slots, _SECTIONS, 1e6, 1e-6)
             yield Case(f"T{tokens}_32q_8kv", args, cost, small=False, bench=True)
+    for tokens, dim in ((5, 64), (7, 128)):
+        (levels, scales), (others, other_scales) = sample.fp8(6, 2, 4, dim), sample.fp8(6, 2, 4, dim)
+        args = (
+            *_projection(sample, tokens, 4, 2, dim), levels, others, _slots(sample, tokens, 24),
+            [part * dim // 128 for part in _SECTIONS], 1e6, 1e-6, scales, other_scales,
+        )  # fmt: skip
+        yield Case(f"fp8_T{tokens}_D{dim}", args, must_accept=_gpu_in_bf16(sample))
     qkv, weight, other, positions = _projection(sample, 3, 2, 1)
     cache, slots, rest = sample(2, 1, 4, 128), sample.integers(0, 8, 3), (_SECTIONS, 1e6, 1e-6)
     pair = (cache, cache * 2)
@@ -62,6 +95,8 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Bad("weights", (qkv, weight[1:], other, positions, *pair, slots, *rest), "expected twice [128]")
     yield Bad("dtype", (qkv.double(), weight, other, positions, *pair, slots, *rest), "one dtype is required")
     yield Bad("slots", (qkv, weight, other, positions, *pair, slots[:2], *rest), "expected int64 [3]")
+    levels = sample.fp8(2, 1, 4, 128)[0]
+    yield Bad("no_scales", (qkv, weight, other, positions, levels, levels.clone(), slots, *rest), "k_scales is None")
 
 
 def _projection(

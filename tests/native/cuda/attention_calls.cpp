@@ -1,13 +1,21 @@
 #include "case.h"
 #include "kvkeye/attention_cuda.h"
 
+#include <type_traits>
+
 using namespace kvkeye;
 
-KVKEYE_CALL(paged_attention) {
-  PagedCudaParams<bf16> p{};
+namespace {
+
+template <class T> int attend(host_cuda::Case& c) {
+  PagedCudaParams<T> p{};
+  if constexpr (std::is_same_v<T, e4m3>) {
+    p.k_scales = c.buffer<float>("k_scales");
+    p.v_scales = c.buffer<float>("v_scales");
+  }
   p.q = c.buffer<bf16>("q") + c.number("q_offset");
-  p.k_cache = c.buffer<bf16>("k_cache");
-  p.v_cache = c.buffer<bf16>("v_cache");
+  p.k_cache = c.buffer<T>("k_cache");
+  p.v_cache = c.buffer<T>("v_cache");
   p.o = c.buffer<bf16>("o");
   p.lse = c.buffer<float>("lse");
   p.block_table = c.buffer<int32_t>("block_table");
@@ -47,4 +55,10 @@ KVKEYE_CALL(paged_attention) {
     if (arrivals.get()[i] != 0)
       return 1000;
   return status;
+}
+
+} // namespace
+
+KVKEYE_CALL(paged_attention) {
+  return c.number("fp8") != 0 ? attend<e4m3>(c) : attend<bf16>(c);
 }

@@ -3,8 +3,9 @@
 
 using namespace kvkeye;
 
-KVKEYE_CALL(append_kv) {
-  AppendKvParams p{};
+namespace {
+
+void read_rows(host_cuda::Case& c, AppendKvParams& p) {
   // k and v may be two views of one buffer.
   const bool one = c.number("one_source") != 0;
   for (int side = 0; side < 2; ++side) {
@@ -19,7 +20,22 @@ KVKEYE_CALL(append_kv) {
   p.heads = c.number("heads");
   p.block_size = c.number("block_size");
   p.row_bytes = c.number("row_bytes");
+}
+
+} // namespace
+
+KVKEYE_CALL(append_kv) {
+  AppendKvParams p{};
+  read_rows(c, p);
   return cuda::append_kv(p, c.number("tokens"), nullptr);
+}
+
+KVKEYE_CALL(quantize_kv) {
+  QuantizeKvParams p{};
+  read_rows(c, p);
+  p.scales[0] = c.buffer<float>("k_scales");
+  p.scales[1] = c.buffer<float>("v_scales");
+  return cuda::quantize_kv(p, c.number("tokens"), nullptr);
 }
 
 KVKEYE_CALL(copy_blocks) {

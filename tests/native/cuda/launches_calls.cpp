@@ -22,21 +22,28 @@ void print_cache_writes() {
     if (bytes != 4)
       cuda::copy_blocks(copies, 1, nullptr);
   }
+  QuantizeKvParams quantize{};
+  quantize.heads = quantize.row_bytes = 1;
+  cuda::quantize_kv(quantize, 1, nullptr);
 }
 
-void print_attention() {
-  PagedCudaParams<bf16> p{};
+template <class T> void print_attention() {
+  PagedCudaParams<T> p{};
   p.num_tokens = p.num_sequences = p.num_kv_heads = 1;
   for (const int64_t dim : {64, 72, 80, 128})
     for (const int groups : {1, 2})
       cuda::paged_attention(p, {groups, 1, 1}, dim, nullptr);
 }
 
-template <class T> void print_typed() {
-  QkNormMropeAppendCudaParams<T> append{};
+template <class T, class C> void print_append() {
+  QkNormMropeAppendCudaParams<T, C> append{};
   append.tokens = append.num_q_heads = append.num_kv_heads = 1;
   for (const int64_t dim : {64, 128, 256})
     cuda::qk_norm_mrope_append(append, dim, nullptr);
+}
+
+template <class T> void print_typed() {
+  print_append<T, T>();
   SampleCudaParams<T> row{};
   row.rows = row.vocabulary = 1;
   cuda::sample(row, nullptr);
@@ -66,7 +73,9 @@ KVKEYE_CALL(launches) {
   (void)c;
   host_cuda::print_launches();
   print_cache_writes();
-  print_attention();
+  print_attention<bf16>();
+  print_attention<e4m3>();
+  print_append<bf16, e4m3>();
   print_typed<float>();
   print_typed<bf16>();
   return 0;
