@@ -75,44 +75,59 @@ private:
   FftTables time_, rows_, columns_;
 };
 
+// The three passes over one volume.
+template <class T> void filter_volume(const SpectralBlendParams<T>& params) {
+  const int64_t frames = params.time->size, height = params.rows->size, width = params.columns->size;
+  const int64_t pairs = params.padded / (2 * params.strip), cost = 16 * frames * params.strip;
+  const int64_t together = std::clamp<int64_t>(pairs / 32, 1, 8); // each asks for what the next one reads
+  const int64_t scratch = spectral_scratch(frames, height, width);
+  for_items_with_scratch(
+      params, pairs, cost, scratch,
+      [](const auto& p, int64_t begin, int64_t end) { cpu::spectrum_of_frames(p, begin, end); }, together);
+  for_items_with_scratch(
+      params, frames / 2 + 1, 32 * params.plane, scratch,
+      [](const auto& p, int64_t begin, int64_t end) { cpu::filter_spectrum(p, begin, end); });
+  for_items_with_scratch(
+      params, pairs, cost, scratch,
+      [](const auto& p, int64_t begin, int64_t end) { cpu::frames_of_spectrum(p, begin, end); }, together);
+}
+
 // out = high + L(low - high) and, where it is asked for, rest = low - L(low).
 void filter(const char* op, const Tensor& low, const Tensor* high, const Tensor& out, const Tensor* rest,
             const Filter& filter) {
   if (low.numel() == 0)
     return;
-  const Spectrum volume(op, low);
-  const std::vector<float> gains = volume.gains(filter);
+  const Spectrum sizes(op, low);
+  const std::vector<float> gains = sizes.gains(filter);
   with_type({op, "low", low}, [&](auto type) {
     using T = decltype(type);
     SpectralBlendParams<T> params{};
-    params.time = &volume.time;
-    params.rows = &volume.rows;
-    params.columns = &volume.columns;
+    params.time = &sizes.time;
+    params.rows = &sizes.rows;
+    params.columns = &sizes.columns;
     params.gain = gains.data();
-    params.plane = volume.height * volume.width;
-    params.strip = spectral_strip(volume.frames);
-    params.pitch = spectral_pitch(volume.width);
-    const int64_t pairs = blocks_of(params.plane, 2 * params.strip), half = volume.frames / 2 + 1;
-    params.padded = pairs * 2 * params.strip;
-    const std::unique_ptr<float[]> spectrum(new float[half * 2 * params.padded]);
-    params.spectrum = spectrum.get();
-    const int64_t scratch = spectral_scratch(volume.frames, volume.height, volume.width);
-    const int64_t size = volume.frames * params.plane, strips = 16 * volume.frames * params.strip;
-    for (int64_t at = 0; at < low.numel(); at += size) {
-      params.low = read<T>(low) + at;
-      params.high = high == nullptr ? nullptr : read<T>(*high) + at;
-      params.out = write<T>(out) + at;
-      params.rest = rest == nullptr ? nullptr : write<T>(*rest) + at;
-      for_items_with_scratch(params, pairs, strips, scratch, [](const auto& p, int64_t begin, int64_t end) {
-        cpu::spectrum_of_frames(p, begin, end);
-      });
-      for_items_with_scratch(
-          params, half, 32 * params.plane, scratch,
-          [](const auto& p, int64_t begin, int64_t end) { cpu::filter_spectrum(p, begin, end); });
-      for_items_with_scratch(params, pairs, strips, scratch, [](const auto& p, int64_t begin, int64_t end) {
-        cpu::frames_of_spectrum(p, begin, end);
-      });
-    }
+    params.plane = sizes.height * sizes.width;
+    params.strip = spectral_strip(sizes.frames);
+    params.pitch = spectral_pitch(sizes.width);
+    params.padded = blocks_of(params.plane, 2 * params.strip) * 2 * params.strip;
+    const int64_t size = sizes.frames * params.plane, volumes = low.numel() / size;
+    const auto filter_volumes = [&](int64_t begin, int64_t end) {
+      SpectralBlendParams<T> volume = params;
+      const std::unique_ptr<float[]> spectrum(new float[(sizes.frames / 2 + 1) * 2 * params.padded]);
+      volume.spectrum = spectrum.get();
+      for (int64_t at = begin * size; at < end * size; at += size) {
+        volume.low = read<T>(low) + at;
+        volume.high = high == nullptr ? nullptr : read<T>(*high) + at;
+        volume.out = write<T>(out) + at;
+        volume.rest = rest == nullptr ? nullptr : write<T>(*rest) + at;
+        filter_volume(volume);
+      }
+    };
+    // Where there are plenty, a thread takes whole volumes, and threads wait for each other once.
+    if (volumes >= 4 * (int64_t)torch::stable::get_num_threads())
+      for_items(volumes, 32 * size, filter_volumes);
+    else
+      filter_volumes(0, volumes);
   });
 }
 

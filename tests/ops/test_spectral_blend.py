@@ -104,10 +104,11 @@ def test_videos_do_not_meet(dtype: torch.dtype) -> None:
     assert not together[2].isfinite().any() and together[3].isnan().all()
 
 
-def test_threads_change_no_bit() -> None:
-    """Whoever takes the last pair of strips, half of which lies beyond the plane, and whatever it did before."""
+@pytest.mark.parametrize("videos", [2, 9])
+def test_threads_change_no_bit(videos: int) -> None:
+    """Few videos are shared out in strips, the last of which lie half beyond the plane; many as wholes."""
     sample = Sample(torch.float32, seed=5)
-    low, high = sample(2, 32, 30, 33), sample(2, 32, 30, 33)
+    low, high = sample(videos, 32, 30, 33), sample(videos, 32, 30, 33)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
