@@ -18,10 +18,11 @@ import torch
 from _engine_checkpoint import GEOMETRIES
 from torch import Tensor
 
-from kvkeye.engine.backends import SERVING_OPS, gpu_backends, gpu_choice
+from kvkeye.engine.backends import FP8_OPS, SERVING_OPS, gpu_backends, gpu_choice
 from kvkeye.engine.batch import ForwardBatch, TokenInputs
 from kvkeye.engine.decode_graphs import padded
 from kvkeye.engine.graphs import CudaRecorder, Recorder, rerun
+from kvkeye.engine.memory import block_bytes
 from kvkeye.engine.runner import Runner
 from kvkeye.engine.staging import to_device
 from kvkeye.models.keye.config import KeyeConfig
@@ -33,20 +34,32 @@ Times = Callable[[list[Callable[[], Any]], int], list[float]]
 
 @dataclass(frozen=True)
 class Step:
-    """The last `fresh` tokens of each of `batch` rows of `context`; with more than one a draft head sees features."""
+    """The last `fresh` tokens of each of `batch` rows of `context`; with more than one a draft head sees features.
+
+    fp8: keys and values are e4m3 with scales.
+    """
 
     geometry: str
     batch: int
     context: int
     fresh: int = 1
+    fp8: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.geometry}/{self.batch}x{self.context}" + (f"/head {self.fresh}" if self.fresh > 1 else "")
+        notes = (f"/head {self.fresh}" if self.fresh > 1 else "") + ("/fp8" if self.fp8 else "")
+        return f"{self.geometry}/{self.batch}x{self.context}{notes}"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.fp8 else torch.bfloat16
 
 
-STEPS = (Step("qwen3-8b", 1, 4096), Step("qwen3-8b", 1, 4096, 8))
-TINY_STEPS = (Step("tiny", 1, 64), Step("tiny", 2, 64, 3))
+STEPS = (
+    Step("qwen3-8b", 1, 4096), Step("qwen3-8b", 1, 4096, 8), Step("qwen3-8b", 16, 4096),
+    Step("qwen3-8b", 16, 4096, fp8=True),
+)  # fmt: skip
+TINY_STEPS = (Step("tiny", 1, 64), Step("tiny", 2, 64, 3), Step("tiny", 2, 64, fp8=True))
 
 
 def wall_times(sides: list[Callable[[], Any]], repeats: int) -> list[float]:
@@ -71,9 +84,10 @@ def random_model(config: KeyeConfig, device: torch.device) -> KeyeModel:
     return model
 
 
-def serving_orders(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """The order of implementations that an engine serves with, free and invariant."""
-    orders = {"free": "", "invariant": "cpp"}
+def serving_orders(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> dict[str, str]:
+    """The order of implementations that an engine serves with, free and invariant; FP8 caches on a CPU have one."""
+    reference = ";".join(f"{op}=eager" for op in FP8_OPS) + ";*=cpp"
+    orders = dict.fromkeys(("free", "invariant"), reference) if fp8 else {"free": "", "invariant": "cpp"}
     if device.type == "cuda":
         for way in orders:
             choices = [gpu_choice(op, dtype, way == "invariant") for op in SERVING_OPS if op != "verify_draft"]
@@ -124,6 +138,15 @@ def eager(runner: Runner, inputs: TokenInputs) -> Sequence[Tensor]:
         return runner._all_rows(inputs)
 
 
+def filled(runner: Runner) -> Runner:
+    """Its caches with normal values; levels with scales of 1."""
+    for cache in (*runner.k_caches, *runner.v_caches):
+        cache.copy_(torch.randn(cache.shape, device=cache.device))
+    for scales in (*runner.k_scales, *runner.v_scales):
+        scales.fill_(1.0)
+    return runner
+
+
 @torch.inference_mode()
 def decode_row(step: Step, device: torch.device, times: Times, bandwidth: float | None) -> dict[str, Any]:
     """Figures of one step, after the recorded sides gave the bits of the eager ones."""
@@ -131,21 +154,22 @@ def decode_row(step: Step, device: torch.device, times: Times, bandwidth: float 
     text, model = geometry.text, random_model(geometry.config(), device)
     inputs = inputs_of(step)
     moved, _ = to_device(inputs, device)
-    shape = (inputs.block_table.numel(), text.num_key_value_heads, BLOCK, text.head_dim)
-    caches = [
-        [torch.randn(shape, device=device).to(model.dtype) for _ in range(text.num_hidden_layers)] for _ in range(2)
-    ]
+    num_blocks, kept = inputs.block_table.numel(), step.cache_dtype
     observer = Features(text.num_hidden_layers) if step.fresh > 1 else None
     sides: dict[str, Callable[[], Sequence[Tensor]]] = {}
-    for way, backends in serving_orders(device, model.dtype).items():
-        runner = Runner(model, 0, BLOCK, backends, observer)
-        runner.k_caches, runner.v_caches = caches
+    shared: Runner | None = None
+    for way, backends in serving_orders(device, model.dtype, step.fp8).items():
+        runner = Runner(model, num_blocks if shared is None else 0, BLOCK, backends, observer, kept)
+        shared = shared or filled(runner)
+        for name in ("k_caches", "v_caches", "k_scales", "v_scales"):
+            setattr(runner, name, getattr(shared, name))
         sides[f"{way}, recorded"] = recorded(runner, inputs, device)
         sides[f"{way}, eager"] = partial(eager, runner, moved)
         pairs = zip(sides[f"{way}, recorded"](), sides[f"{way}, eager"](), strict=True)
         assert all(torch.equal(*pair) for pair in pairs), f"the recorded {way} step gives other bits than the eager one"
     found = dict(zip(sides, times(list(sides.values()), 20), strict=True))
-    num_bytes = geometry.weight_bytes() + geometry.kv_bytes(step.batch, step.context)
+    kv_bytes = step.batch * (step.context * block_bytes(text, BLOCK, kept) // BLOCK)
+    num_bytes = geometry.weight_bytes() + kv_bytes
     return {
         "ms": found["free, recorded"],
         "sides_ms": found,

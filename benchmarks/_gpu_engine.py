@@ -1,7 +1,7 @@
 """What benchmarks/gpu.py checks of the engine.
 
-Parity with the CPU, recorded passes, bits that do not depend on the batch, proposals of a draft head, one wait of the
-host per step; on the bundled tiny-keye, with pictures and clips.
+Parity with the CPU, recorded passes, bits that do not depend on the batch, FP8 caches, proposals of a draft head, one
+wait of the host per step; on the bundled tiny-keye, with pictures and clips.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from torch import Tensor
 from kvkeye.cli.bundled import resolve_model
 from kvkeye.cli.drawings import draw
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
+from kvkeye.engine.backends import FP8_OPS
 from kvkeye.engine.graphs import rerun
 from kvkeye.engine.warm_up import record_passes
 
 NUM_TOKENS = 24
+#: Where only the reference takes FP8 caches.
+REFERENCE = ";".join(f"{op}=eager" for op in FP8_OPS) + ";*=cpp"
 Check = Callable[[], str]
 Answers = dict[str, Tensor]  # logits [NUM_TOKENS, V] fp32 on the CPU, by question
 
@@ -107,16 +110,30 @@ def replay_equals_eager(device: str, dtype: str) -> str:
     return "pass"
 
 
-def alone_equals_together(device: str, dtype: str) -> str:
-    together = answered(device, dtype, True, invariant=True)
-    _assert_equal(answered(device, dtype, True, True, invariant=True), together)
-    _assert_equal(answered(device, dtype, True, invariant=True, max_prefill_chunk=19), together)
+def alone_equals_together(device: str, dtype: str, **config: Any) -> str:
+    together = answered(device, dtype, True, invariant=True, **config)
+    _assert_equal(answered(device, dtype, True, True, invariant=True, **config), together)
+    _assert_equal(answered(device, dtype, True, invariant=True, max_prefill_chunk=19, **config), together)
     return "pass"
 
 
 def _assert_equal(found: Answers, expected: Answers) -> None:
     wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
     assert not wrong, f"questions {', '.join(wrong)} of {len(expected)} have other bits"
+
+
+def fp8_is_near_plain(device: str, dtype: str) -> str:
+    """FP8 caches beside plain ones; an e4m3 value is off by at most 1 / 16."""
+    fp8 = {"kv_cache_dtype": "fp8"} | ({"backends": REFERENCE} if device == "cpu" else {})
+    error, share = distance(answered(device, dtype, **fp8), cached(device, dtype))
+    assert error <= 1 / 16, f"logits are {error:.3f} from those with plain caches; {1 / 16:.3f} is allowed"
+    return f"pass: error {error:.3f} of {1 / 16:.3f} allowed, {share:.0%} of tokens equal"
+
+
+def fp8_alone_equals_together(device: str, dtype: str) -> str:
+    if device == "cpu":
+        return "refuse: on a CPU the reference runs, whose sums depend on the number of rows"
+    return alone_equals_together(device, dtype, kv_cache_dtype="fp8")
 
 
 def head_equals_plain(device: str, dtype: str) -> str:
@@ -155,5 +172,8 @@ def engine_checks(device: str) -> Iterator[tuple[str, Check]]:
     """(key, check) of every row."""
     for dtype in ("float32", "bfloat16"):
         yield f"engine/parity/{dtype}", partial(parity, device, dtype)
-    for check in (replay_equals_eager, alone_equals_together, head_equals_plain, waits_per_step):
+    for check in (
+        replay_equals_eager, alone_equals_together, fp8_is_near_plain, fp8_alone_equals_together, head_equals_plain,
+        waits_per_step,
+    ):  # fmt: skip
         yield f"engine/{check.__name__}", partial(check, device, "bfloat16")

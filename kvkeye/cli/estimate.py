@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kvkeye.cli import exits, options
 from kvkeye.cli.bundled import model_files, resolve_model
 from kvkeye.cli.terminal import count
-from kvkeye.engine.config import DTYPES
+from kvkeye.engine.config import DTYPES, KV_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from kvkeye.cli.sums import Estimate
@@ -56,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--seqs", type=options.at_least_one, default=1, metavar="N", help="requests at a time (default: 1)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values")
     parser.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
@@ -65,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     from kvkeye.cli.sums import estimate
 
     with model_files():
-        found = estimate(folder, arguments.image, arguments.video, arguments.ctx, arguments.seqs, arguments.dtype)
+        found = estimate(
+            folder, arguments.image, arguments.video, arguments.ctx, arguments.seqs, arguments.dtype,
+            arguments.kv_cache_dtype,
+        )  # fmt: skip
     if arguments.json:
         print(json.dumps(asdict(found) | {"total_bytes": found.total_bytes}))
     else:

@@ -11,7 +11,7 @@ import torch
 from kvkeye.engine.block_manager import ceil_div
 from kvkeye.engine.config import EngineConfig
 from kvkeye.engine.machine import available_bytes, default_device
-from kvkeye.engine.memory import DEFAULT_MAX_MODEL_LEN, block_bytes
+from kvkeye.engine.memory import DEFAULT_MAX_MODEL_LEN, block_bytes, cache_dtype
 from kvkeye.errors import ConfigError, RequestError
 from kvkeye.media.job import MediaSettings, num_tokens
 from kvkeye.media.limits import MediaLimits
@@ -79,6 +79,7 @@ def estimate(
     ctx: int | None,
     seqs: int,
     dtype: str | None,
+    kv_cache_dtype: str = "auto",
 ) -> Estimate:
     """Adds up one model.
 
@@ -89,14 +90,14 @@ def estimate(
     number = _dtype(dtype or config.torch_dtype)
     settings = _settings(folder, config)
     media = (*(image_tokens(*size, settings) for size in images), *(clip_tokens(*clip, settings) for clip in clips))
-    engine = EngineConfig(str(folder))
+    engine = EngineConfig(str(folder), kv_cache_dtype=kv_cache_dtype)
     text, tokens = config.text, sum(item.tokens for item in media)
     ctx = ctx or min(text.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     if ctx > text.max_position_embeddings:
         raise RequestError(
             f"--ctx {ctx}: the checkpoint's positions end at {text.max_position_embeddings}. Lower it.", param="ctx"
         )
-    per_block = block_bytes(text, engine.block_size, number)
+    per_block = block_bytes(text, engine.block_size, cache_dtype(engine, number))
     device = default_device()
     step_tokens = min(engine.max_num_batched_tokens, ctx * seqs)
     patches = pass_patches(media, seqs, engine.max_num_encoder_patches, per_frame=config.version != "preview")

@@ -35,6 +35,8 @@ def load_target(config: EngineConfig) -> tuple[KeyeModel, KeyeProcessor]:
             f"EngineConfig.quantization: {config.quantization} weights run on the CPU; the device is {device}. "
             "Leave it out, or choose device='cpu'."
         )
+    if config.kv_cache_dtype == "fp8":
+        serving_backends(config, device)  # refused before weights are read
     report = check_folder(config.model)
     check_weights_fit(report.num_loaded * dtype.itemsize, device)
     processor = KeyeProcessor.from_folder(config.model, media_workers=config.media_workers)

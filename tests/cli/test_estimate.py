@@ -69,11 +69,14 @@ def test_weights_are_those_of_the_files(estimate, model):
     assert estimate(model)["weight_bytes"] == total
 
 
-def test_cache_is_the_engines(estimate, model):
-    found = estimate(model, "--ctx", "1000", "--seqs", "2")
-    with LLM(str(model), dtype="float32", max_model_len=1000, max_num_seqs=2) as llm:
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
+def test_cache_is_the_engines(estimate, model, kept):
+    found = estimate(model, "--ctx", "1000", "--seqs", "2", "--kv-cache-dtype", kept)
+    config = {"dtype": "float32", "max_model_len": 1000, "max_num_seqs": 2, "kv_cache_dtype": kept}
+    with LLM(str(model), backends="attention=eager;kv_cache=eager;*=cpp", **config) as llm:
         runner = llm.engine.runner
-        assert found["kv_bytes"] == sum(cache.nbytes for cache in (*runner.k_caches, *runner.v_caches))
+        caches = (*runner.k_caches, *runner.v_caches, *runner.k_scales, *runner.v_scales)
+        assert found["kv_bytes"] == sum(cache.nbytes for cache in caches)
 
 
 @pytest.mark.parametrize("version", ["preview", "1.5"])

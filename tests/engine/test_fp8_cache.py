@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvkeye import ops
-from kvkeye.engine import EngineConfig, SamplingParams
+from kvkeye.engine import Engine, EngineConfig, SamplingParams
 from kvkeye.engine.backends import FP8_OPS, check_fp8, gpu_backends
 from kvkeye.engine.memory import block_bytes
 from kvkeye.errors import ConfigError
@@ -129,6 +129,8 @@ def test_nearly_twice_as_many_blocks_in_the_same_memory():
 def test_the_default_backends_of_a_cpu_refuse_with_a_way_out():
     with pytest.raises(ConfigError, match=r"on cpu paged_attention runs on cpp; FP8 .* cuda in bfloat16, and by eager"):
         engine(kv_cache_dtype="fp8")
+    with pytest.raises(ConfigError, match="kv_cache_dtype: got 'fp8'"):  # before the folder is looked at
+        Engine.from_config(EngineConfig("nowhere", kv_cache_dtype="fp8", device="cpu"))
     with pytest.raises(ConfigError, match="kv_cache_dtype: got 'int8'; expected one of auto, fp8"):
         EngineConfig("tiny", kv_cache_dtype="int8")
     check_fp8(REFERENCE, CPU)
