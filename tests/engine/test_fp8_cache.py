@@ -14,7 +14,9 @@ import torch
 from kvkeye import ops
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
 from kvkeye.engine.backends import FP8_OPS, check_fp8, gpu_backends
+from kvkeye.engine.graphs import rerun
 from kvkeye.engine.memory import block_bytes
+from kvkeye.engine.warm_up import record_passes
 from kvkeye.errors import ConfigError
 from tests.engine.logits import check_lossless, logits_of, plain_answers, preempt_often, script_of
 from tests.engine.test_backends import CPU, GPU, chosen
@@ -81,6 +83,14 @@ def test_an_answer_has_its_own_bits(way, by_rows):
     stats = served.stats()
     assert way != "cached prefixes" or stats.num_cached_tokens >= 32
     assert way not in ("few blocks", "preemption") or stats.num_preemptions > 0
+
+
+def test_recorded_passes(by_rows):
+    """Padding tokens look at block 0 and write nothing, scales neither."""
+    served = served_by(max_num_seqs=4, max_num_encoder_patches=256)
+    record_passes(served.runner, served.config, served.max_model_len, rerun)
+    for name, logits in logits_of(served, FEW).items():
+        assert torch.equal(logits, alone(name)), name
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -66,6 +66,13 @@ def _in_fp8(sample: Sample, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return q, k, v, *rest, k_scales, v_scales
 
 
+def _with_subnormal_levels(sample: Sample, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same FP8 call with levels of -7 to 7 times 2^-9, which a conversion may lose."""
+    q, k, _, *rest, k_scales, v_scales = args
+    levels = [(sample.integers(-7, 8, *k.shape) * 2.0**-9).to(k.dtype) for _ in range(2)]
+    return q, *levels, *rest, k_scales * 2.0**9, v_scales * 2.0**9
+
+
 @cases("paged_attention")
 def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Case("decode", (*_paged(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5))
@@ -86,6 +93,9 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         ("fp8_tree", (*_paged(sample, [12, 5], [4, 3], (2, 1), 8, 128), mask, 128**-0.5)),
     ):
         yield Case(name, _in_fp8(sample, args), must_accept=("cuda",) if sample.dtype == torch.bfloat16 else ())
+    args = _in_fp8(sample, (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5))
+    yield Case("fp8_splits", args, small=False, must_accept=())
+    yield Case("fp8_subnormal_levels", _with_subnormal_levels(sample, args), small=False, must_accept=())
     args = _in_fp8(sample, (*_paged(sample, [9, 3], [2, 1], (2, 1), 4, 72), None, 72**-0.5))
     yield Case("fp8_D72", args, must_accept=())
     q, k, v, *rest, k_scales, v_scales = args
@@ -95,9 +105,6 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
         cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)
         args = _paged(sample, [4096], [1], (32, 8), 32, 128)
         yield Case("decode_4096_32q8kv", (*args, None, 128**-0.5), cost, small=False, bench=True)
-        cost = Cost(bytes=2 * 4096 * 8 * (128 + 4), flops=4 * 32 * 128 * 4096)
-        args = _in_fp8(sample, (*args, None, 128**-0.5))
-        yield Case("fp8_decode_4096_32q8kv", args, cost, small=False, bench=True, must_accept=())
     q, k, v, table, bounds, context = _paged(sample, [3], [1], (2, 1), 4, 8)
     yield Bad("caches", (q, k, v[:1], table, bounds, context, None, 1.0), "expected twice [N, Hkv, P, D]")
     yield Bad("heads", (q[..., :4], k, v, table, bounds, context, None, 1.0), "Hq a multiple of")
