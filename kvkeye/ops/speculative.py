@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kvkeye.ops._draft_head import HEAD_WEIGHTS, Head, Text
+from kvkeye.ops._draft_head import HEAD_WEIGHTS, Head, Texts
 from kvkeye.ops._op import op
 from kvkeye.ops.sampling import keep_allowed, masses, penalise, pick, settings_fit, vocabulary_too_large
 from kvkeye.utils import philox
@@ -222,14 +222,16 @@ def draft_tree(
     Source     Li et al. 2025 (EAGLE-3), section 3; choice of nodes: Li et al. 2024 (EAGLE-2), section 4.1
     """
     head = Head(dict(zip(HEAD_WEIGHTS, weights)), k_cache, v_cache, sections, num_q_heads, intermediate, theta, eps)
-    batch, count, bounds = context_lens.shape[0], depth * width, cu_seqlens.tolist()
-    tokens = torch.full((batch, count), -1, dtype=torch.int64, device=features.device)
-    parents, scores = tokens.clone(), torch.zeros(batch, count, device=features.device)
-    for b, known in enumerate(context_lens.tolist()):
-        rows = slice(bounds[b], bounds[b + 1])
-        text = Text(block_table[b : b + 1], known, int(positions[rows][-1]))
-        states = head.known(features[rows], embeds[rows], positions[rows], text)
-        nodes = head.grow(states[-1:], vocabulary, text, depth, width, min_score)
+    texts = Texts(block_table, context_lens, cu_seqlens, positions)
+    states = head.known(features, embeds, texts)
+    if width == 1:
+        tokens, chances = head.chains(states, vocabulary, texts, depth, min_score)
+        above = torch.arange(-1, depth - 1, device=features.device)
+        return tokens, above.where(tokens >= 0, -1), chances.float()
+    tokens = torch.full((len(states), depth * width), -1, dtype=torch.int64, device=features.device)
+    parents, scores = tokens.clone(), torch.zeros(tokens.shape, device=features.device)
+    for b in range(len(states)):
+        nodes = head.grow(states[b : b + 1], vocabulary, texts.one(b), depth, width, min_score)
         for i, (token, parent, score) in enumerate(nodes):
             tokens[b, i], parents[b, i], scores[b, i] = token, parent, score
     return tokens, parents, scores

@@ -110,8 +110,9 @@ def test_the_gpu_benchmark_rehearses_the_engine(tmp_path):
     output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "encode", "attention", "--json", str(rows))
     found = {row["key"]: row for row in map(json.loads, rows.read_text().splitlines())}
     verdicts = {key: row["status"].partition(":")[0] for key, row in found.items()}
-    refused = [verdicts.pop(f"engine/{name}") for name in ("waits_per_step", "fp8_alone_equals_together")]
-    assert refused == ["refuse"] * 2 and len(verdicts) == 15, output
+    names = ("waits_per_step", "waits_with_head", "fp8_alone_equals_together")
+    refused = [verdicts.pop(f"engine/{name}") for name in names]
+    assert refused == ["refuse"] * 3 and len(verdicts) == 15, output
     assert set(verdicts.values()) == {"pass"}, output
     steps = ("1x64", "2x64/head 3", "2x64/fp8")
     for key in (*(f"decode/tiny/{step}" for step in steps), "encode/tiny/1x256", "encode/tiny/4x64"):

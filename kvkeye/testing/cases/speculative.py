@@ -138,6 +138,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     broken = tree_call(sample, [1, 1], [12, 5], 3, 2, 0.0)
     broken[3][-1].view(-1)[3] = float("nan")
     yield Case("broken_output_weight", broken)
+    yield Case("likely_chains", tree_call(sample, [2, 1, 1], [9, 17, 25], 6, 1, 0.2))
     good = tree_call(sample, [1], [12], 3, 2, 0.0)
     yield Bad("weights", (*good[:3], good[3][:-1], *good[4:]), "weights are 11; expected 12")
     yield Bad("too_many_nodes", (*good[:15], 8, 8, 0.0), "depth is 8, width 8")
