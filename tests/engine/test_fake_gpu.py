@@ -74,10 +74,11 @@ def test_a_step_reads_once_and_mixes_no_devices(gpu, version, enforce_eager):
 PROPOSING = {"num_speculative_tokens": 3, "tree_width": 2, "adaptive": False}
 
 
-def test_verification_reads_once(gpu):
+@pytest.mark.parametrize("config", [{}, {"kv_cache_dtype": "fp8", "backends": "eager"}], ids=["plain", "fp8"])
+def test_verification_reads_once(gpu, config):
     """Drawn tokens, the rows they were drawn from, and their counts in one piece; recorded with and without trees."""
     drafter = ScriptedDrafter(lambda seq: [0, 0, 0], 320, accuracy=0.9, width=2, depth=3)
-    served = served_by(drafter=drafter, speculation=PROPOSING)
+    served = served_by(drafter=drafter, speculation=PROPOSING, **config)
     served.add("a", prompt(0, 20), greedy(8))
     while served.has_work:
         reads = []
