@@ -18,6 +18,7 @@ from kvkeye.engine.graphs import rerun
 from kvkeye.engine.memory import block_bytes
 from kvkeye.engine.warm_up import record_passes
 from kvkeye.errors import ConfigError
+from tests.engine.heads import drafted, random_head
 from tests.engine.logits import check_lossless, logits_of, plain_answers, preempt_often, script_of
 from tests.engine.test_backends import CPU, GPU, chosen
 from tests.engine.test_bits import PROMPTS
@@ -101,6 +102,14 @@ def test_proposals_change_nothing(width, by_rows):
     served.speculation.drafter = script_of(truth, served.vocab_size, accuracy=0.7, width=width, depth=4)
     counts = check_lossless(served, FEW, truth)
     assert counts.num_accepted_tokens > 30
+
+
+def test_a_draft_head_changes_nothing(by_rows):
+    """Its own keys and values stay plain, in the target's blocks."""
+    config = {"backends": REFERENCE, "kv_cache_dtype": "fp8", "max_model_len": 320}
+    served = drafted(random_head(), **config)
+    assert served.speculation.drafter.k_cache.dtype == torch.float32
+    check_lossless(served, FEW, plain_answers(served_by(), FEW))
 
 
 def test_copied_blocks_bring_their_scales(by_rows):
