@@ -19,7 +19,7 @@ from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import ceil_div
 from kvkeye.engine.draft import Draft
 from kvkeye.engine.request import Sequence
-from kvkeye.engine.staging import sent
+from kvkeye.engine.staging import read, sent
 from kvkeye.host import BlockPool
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
@@ -96,7 +96,8 @@ class DraftModel:
         """Per row the likeliest token after its text, and its probability."""
         logits = self.model.logits(self._forward(sequences, texts)).float()  # [B, V]
         values, tokens = logits.max(-1)
-        return zip(tokens.tolist(), torch.exp(values - logits.logsumexp(-1)).tolist())
+        found, chances = read([tokens, torch.exp(values - logits.logsumexp(-1))])
+        return zip(map(int, found), chances)
 
     def _forward(self, sequences: list[Sequence], texts: Mapping[int, list[int]]) -> Tensor:
         """Computes what is missing of the texts; hidden states of their last tokens [B, H]."""
