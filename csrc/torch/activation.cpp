@@ -1,7 +1,7 @@
 // Activations: tensors to Params to kernels.
 #include "kvkeye/activation.h"
-#include "checks.h"
 #include "kvkeye/common/blocks.h"
+#include "layers.h"
 
 namespace kvkeye {
 namespace {
@@ -12,6 +12,8 @@ Rows gate_up_rows(const char* op, const Tensor& gate_up) {
           "; the last axis must hold gate then up, an even size.");
   return rows;
 }
+
+} // namespace
 
 Tensor silu_mul(const Tensor& gate_up) {
   const Rows rows = gate_up_rows("silu_mul", gate_up);
@@ -26,6 +28,8 @@ Tensor silu_mul(const Tensor& gate_up) {
   });
   return y;
 }
+
+namespace {
 
 Tensor silu_mul_backward(const Tensor& grad, const Tensor& gate_up) {
   const Rows rows = gate_up_rows("silu_mul_backward", gate_up);

@@ -35,13 +35,20 @@ template <class... Parts> void require(bool condition, const Parts&... parts) {
     fail(parts...);
 }
 
-inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    text << (i ? ", " : "") << tensor.size(i);
-  text << ']';
-  return text.str();
+// Written out only where a message is: texts cost more than checks.
+struct ShapeText {
+  const Tensor& tensor;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
+  out << '[';
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i)
+    out << (i ? ", " : "") << shape.tensor.size(i);
+  return out << ']';
+}
+
+inline ShapeText shape_text(const Tensor& tensor) {
+  return {tensor};
 }
 
 inline const char* dtype_text(ScalarType dtype) {
@@ -66,13 +73,15 @@ struct Argument {
 
   void has_shape(std::initializer_list<int64_t> shape) const {
     bool same = tensor.dim() == (int64_t)shape.size();
-    std::ostringstream wanted;
     int64_t i = 0;
-    for (const int64_t size : shape) {
-      same = same && tensor.size(i) == size;
-      wanted << (i++ ? ", " : "") << size;
-    }
-    require(same, op, ": ", name, " has shape ", shape_text(tensor), "; expected [", wanted.str(), "].");
+    for (const int64_t size : shape)
+      same = same && tensor.size(i++) == size;
+    if (same)
+      return;
+    std::ostringstream wanted;
+    for (const int64_t size : shape)
+      wanted << (wanted.tellp() > 0 ? ", " : "") << size;
+    fail(op, ": ", name, " has shape ", shape_text(tensor), "; expected [", wanted.str(), "].");
   }
 
   void has_shape_of(const char* other, const Tensor& like) const {

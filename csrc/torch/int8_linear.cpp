@@ -1,5 +1,6 @@
 // Linear layers of int8 weights: tensors to Params to kernels.
 #include "kvkeye/int8_linear.h"
+#include "layers.h"
 #include "linear_cut.h"
 
 #include <optional>
@@ -97,11 +98,15 @@ Tensor run(const char* op, const Tensor& x, const Weight& weight, const Ending& 
   return y;
 }
 
+} // namespace
+
 Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales,
                    const std::optional<Tensor>& bias) {
   const char* op = "int8_linear";
   return run(op, x, checked_weight(op, x, packed, scales, 1), {Epilogue::none, &bias, nullptr});
 }
+
+namespace {
 
 Tensor int8_linear_add(const Tensor& x, const Tensor& packed, const Tensor& scales,
                        const std::optional<Tensor>& bias, const Tensor& residual) {
@@ -109,10 +114,14 @@ Tensor int8_linear_add(const Tensor& x, const Tensor& packed, const Tensor& scal
   return run(op, x, checked_weight(op, x, packed, scales, 1), {Epilogue::add, &bias, &residual});
 }
 
+} // namespace
+
 Tensor int8_linear_silu_mul(const Tensor& x, const Tensor& packed, const Tensor& scales) {
   const char* op = "int8_linear_silu_mul";
   return run(op, x, checked_weight(op, x, packed, scales, 2), {Epilogue::silu_mul, nullptr, nullptr});
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, int64_t parts) {
   const Argument argument{"quantize_weight", "weight", weight};

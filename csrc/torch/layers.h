@@ -12,11 +12,16 @@ namespace kvkeye {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                         double eps);
+Tensor silu_mul(const Tensor& gate_up);
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 Tensor prepacked_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t outputs);
 Tensor prepacked_linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                             const Tensor& residual);
 Tensor prepacked_linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t outputs);
+Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                   const std::optional<Tensor>& bias);
+Tensor int8_linear_silu_mul(const Tensor& x, const Tensor& packed, const Tensor& scales);
 Tensor qk_norm_mrope_append(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight,
                             const Tensor& positions, const Tensor& k_cache, const Tensor& v_cache,
                             const Tensor& slot_mapping, const std::vector<int64_t>& sections, double theta,

@@ -93,11 +93,11 @@ Tensor run(const char* op, const Tensor& x, const Weight& weight, const Ending& 
   return y;
 }
 
+} // namespace
+
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   return run("packed_linear", x, plain_weight("packed_linear", x, weight), {Epilogue::none, &bias, nullptr});
 }
-
-} // namespace
 
 Tensor prepacked_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                         int64_t outputs) {

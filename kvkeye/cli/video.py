@@ -1,7 +1,8 @@
 """Makes a long clip from a short-video model and writes it to a file.
 
-DIR is a pipeline in diffusers' folder layout. Text to video grows by overlapping tiles, image to video by chunks that
-continue the last frame; --method chooses how. Ctrl-C stops; the same command with --resume continues to the same bytes.
+DIR is a pipeline in diffusers' folder layout, or a bundled one: tiny-t2v, tiny-i2v. Text to video grows by overlapping
+tiles, image to video by chunks that continue the last frame; --method chooses how. Ctrl-C stops; the same command with
+--resume continues to the same bytes.
 """
 
 from __future__ import annotations

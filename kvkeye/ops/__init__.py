@@ -14,6 +14,7 @@ from kvkeye.ops.attention import (
     varlen_attention,
     varlen_attention_backward,
 )
+from kvkeye.ops.decoder import decoder_layer
 from kvkeye.ops.frames import hsv_patches, patch_products
 from kvkeye.ops.int8_linear import (
     dequantize_weight,
@@ -88,6 +89,7 @@ __all__ = [
     "blend_tiles",
     "blend_tiles_backward",
     "copy_blocks",
+    "decoder_layer",
     "dequantize_weight",
     "draft_tree",
     "fuse_tiles",

@@ -22,6 +22,7 @@ FAMILIES = (
     "linear",
     "int8_linear",
     "kv_cache",
+    "decoder",
     "attention",
     "sampling",
     "speculative",

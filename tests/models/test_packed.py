@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from kvkeye import ops
-from kvkeye.layers import Linear, PackableWeight, PackedContext, pack_weights
+from kvkeye.layers import Linear, PackableWeight, PackedContext, pack_weights, quantize_weights
 from kvkeye.layers.large_pages import LargePages
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.positions import MediaGrid, mrope_positions
 from kvkeye.models.keye.weights import load_model, save_model
 from kvkeye.ops import _library
 from kvkeye.testing.tiny import tiny_keye_config, tiny_keye_model
+from tests.models.paged import PagedRun
 
 pytestmark = pytest.mark.skipif(
     _library.native("cpp").path is None, reason=f"no C++ library: {_library.native('cpp').reason}"
@@ -47,6 +48,29 @@ def test_same_bits(dtype: torch.dtype, tied: bool) -> None:
         plain = results(model)
         assert pack_weights(model) == 20  # tower 1 + 2 * 4, projector 2, decoder 2 * 4, head 1
         assert all(torch.equal(a, b) for a, b in zip(results(model), plain, strict=True))
+
+
+@pytest.mark.parametrize("form", ["packed", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_layer_as_one_op_and_in_parts(dtype: torch.dtype, form: str) -> None:
+    """The same bits, in the caches too, for prompts and for decoding."""
+    model = tiny_keye_model(dtype=dtype)
+    if form == "int8":
+        quantize_weights(model.language)
+    pack_weights(model)
+    found = []
+    for in_parts in (False, True):
+        for layer in model.language.layers:
+            layer.in_parts = in_parts
+        torch.manual_seed(2)
+        run, outputs = PagedRun(model, batch=2, max_len=60), []
+        for start, counts in ((0, (33, 7)), (33, (1, 1)), (34, (3, 1))):
+            ids = [torch.randint(0, 256, (count,)) for count in counts]
+            positions = [mrope_positions(start + count, [])[0][:, start:] for count in counts]
+            outputs += run.step([model.embed(i) for i in ids], positions)
+        found.append([*outputs, *(cache.nan_to_num() for cache in (*run.k_caches, *run.v_caches))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_one_copy_at_a_time() -> None:

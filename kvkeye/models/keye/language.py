@@ -6,12 +6,16 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from kvkeye.layers import Context, Embedding, Linear, RMSNorm, SelfAttention, SwiGLU
+from kvkeye import ops
+from kvkeye.layers import Context, Embedding, Linear, PagedContext, RMSNorm, SelfAttention, SwiGLU
 from kvkeye.models.keye.config import TextConfig
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm layer over a residual stream that is added to inside the norms."""
+    """Pre-norm layer over a residual stream that is added to inside the norms.
+
+    Over a paged cache, with packed weights, it is one op: calls are a good part of a small step. `in_parts` forbids it.
+    """
 
     def __init__(self, config: TextConfig, layer_index: int) -> None:
         super().__init__()
@@ -28,9 +32,12 @@ class DecoderLayer(nn.Module):
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.in_parts = False
 
     def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """x [T, H] is what the layer before adds to `residual` [T, H]; the same pair is returned."""
+        if isinstance(context, PagedContext) and self.mlp.down_proj.packed is not None and not self.in_parts:
+            return self._as_one(x, residual, positions, context)
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
@@ -38,6 +45,25 @@ class DecoderLayer(nn.Module):
         x = self.self_attn(x, positions, context)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
+
+    def _as_one(
+        self, x: Tensor, residual: Tensor | None, positions: Tensor, context: PagedContext
+    ) -> tuple[Tensor, Tensor]:
+        attention, mlp = self.self_attn, self.mlp
+        matrices = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        qkv, out, gate_up, down = (matrix.packed for matrix in matrices)
+        weights = [
+            self.input_layernorm.weight, qkv, attention.q_norm, attention.k_norm, out,
+            self.post_attention_layernorm.weight, gate_up, down,
+        ]  # fmt: skip
+        scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
+        x, residual = ops.decoder_layer(
+            x, residual, positions, weights, scales, context.k_caches[attention.layer_index],
+            context.v_caches[attention.layer_index], context.block_table, context.cu_seqlens_q, context.context_lens,
+            context.slot_mapping, context.tree_mask, attention.sections, attention.num_q_heads,
+            mlp.down_proj.inputs, attention.rope_theta, attention.eps, attention.softmax_scale,
+        )  # fmt: skip
+        return x, residual
 
 
 class LanguageModel(nn.Module):

@@ -39,7 +39,7 @@ def _(sample: Sample) -> Iterator[Case | Bad]:
     yield Bad("bounds", (q, k, v, bounds.long(), longest, True, 1.0), "expected int32 [B + 1]")
 
 
-def _paged(
+def paged_call(
     sample: Sample, context: list[int], rows: list[int], heads: tuple[int, int], block_size: int, dim: int
 ) -> tuple[Any, ...]:
     needed = [-(-length // block_size) for length in context]
@@ -75,37 +75,37 @@ def _with_subnormal_levels(sample: Sample, args: tuple[Any, ...]) -> tuple[Any, 
 
 @cases("paged_attention")
 def _(sample: Sample) -> Iterator[Case | Bad]:
-    yield Case("decode", (*_paged(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5))
-    yield Case("prefill", (*_paged(sample, [5, 40], [5, 17], (4, 2), 16, 72), None, 72**-0.5))
-    yield Case("mixed", (*_paged(sample, [33, 64, 6], [1, 64, 3], (4, 1), 32, 128), None, 0.1))
-    yield Case("idle_row", (*_paged(sample, [0, 3], [0, 1], (2, 2), 4, 8), None, 0.3))
-    args = _paged(sample, [12, 5], [4, 3], (2, 1), 8, 128)
+    yield Case("decode", (*paged_call(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5))
+    yield Case("prefill", (*paged_call(sample, [5, 40], [5, 17], (4, 2), 16, 72), None, 72**-0.5))
+    yield Case("mixed", (*paged_call(sample, [33, 64, 6], [1, 64, 3], (4, 1), 32, 128), None, 0.1))
+    yield Case("idle_row", (*paged_call(sample, [0, 3], [0, 1], (2, 2), 4, 8), None, 0.3))
+    args = paged_call(sample, [12, 5], [4, 3], (2, 1), 8, 128)
     # Two branches under a root, and a chain.
     mask = sample.tensor([0b0001, 0b0011, 0b0101, 0b1011, 0b001, 0b011, 0b111], torch.int64)
     yield Case("tree", (*args, mask, 128**-0.5))
-    q, k, v, *rest = _paged(sample, [9, 3], [2, 1], (2, 1), 4, 72)
+    q, k, v, *rest = paged_call(sample, [9, 3], [2, 1], (2, 1), 4, 72)
     wide = torch.cat((k, v), -1)  # keys and values of a token side by side
     yield Case("strided_caches", (q, wide[..., :72], wide[..., 72:], *rest, None, 72**-0.5))
-    yield Case("splits", (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5), small=False)
+    yield Case("splits", (*paged_call(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5), small=False)
     for name, args in (
-        ("fp8_decode", (*_paged(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5)),
-        ("fp8_mixed", (*_paged(sample, [33, 64, 6], [1, 40, 3], (4, 1), 32, 64), None, 64**-0.5)),
-        ("fp8_tree", (*_paged(sample, [12, 5], [4, 3], (2, 1), 8, 128), mask, 128**-0.5)),
+        ("fp8_decode", (*paged_call(sample, [1, 9, 70], [1, 1, 1], (2, 1), 8, 128), None, 128**-0.5)),
+        ("fp8_mixed", (*paged_call(sample, [33, 64, 6], [1, 40, 3], (4, 1), 32, 64), None, 64**-0.5)),
+        ("fp8_tree", (*paged_call(sample, [12, 5], [4, 3], (2, 1), 8, 128), mask, 128**-0.5)),
     ):
         yield Case(name, _in_fp8(sample, args), must_accept=("cuda",) if sample.dtype == torch.bfloat16 else ())
-    args = _in_fp8(sample, (*_paged(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5))
+    args = _in_fp8(sample, (*paged_call(sample, [1100], [2], (2, 1), 32, 128), None, 128**-0.5))
     yield Case("fp8_splits", args, small=False, must_accept=())
     yield Case("fp8_subnormal_levels", _with_subnormal_levels(sample, args), small=False, must_accept=())
-    args = _in_fp8(sample, (*_paged(sample, [9, 3], [2, 1], (2, 1), 4, 72), None, 72**-0.5))
+    args = _in_fp8(sample, (*paged_call(sample, [9, 3], [2, 1], (2, 1), 4, 72), None, 72**-0.5))
     yield Case("fp8_D72", args, must_accept=())
     q, k, v, *rest, k_scales, v_scales = args
     turned = v_scales.transpose(0, 2).contiguous().transpose(0, 2)
     yield Case("fp8_strided_scales", (q, k, v, *rest, k_scales, turned), must_accept=())
     if sample.big:
         cost = Cost(bytes=2 * 4096 * 8 * 128 * sample.itemsize, flops=4 * 32 * 128 * 4096)
-        args = _paged(sample, [4096], [1], (32, 8), 32, 128)
+        args = paged_call(sample, [4096], [1], (32, 8), 32, 128)
         yield Case("decode_4096_32q8kv", (*args, None, 128**-0.5), cost, small=False, bench=True)
-    q, k, v, table, bounds, context = _paged(sample, [3], [1], (2, 1), 4, 8)
+    q, k, v, table, bounds, context = paged_call(sample, [3], [1], (2, 1), 4, 8)
     yield Bad("caches", (q, k, v[:1], table, bounds, context, None, 1.0), "expected twice [N, Hkv, P, D]")
     yield Bad("heads", (q[..., :4], k, v, table, bounds, context, None, 1.0), "Hq a multiple of")
     yield Bad("dtype", (q.double(), k, v, table, bounds, context, None, 1.0), "one dtype is required")
