@@ -13,7 +13,7 @@ from kvkeye.cli import main
 from kvkeye.errors import ConfigError
 from kvkeye.train.__main__ import main as evaluate_main
 from kvkeye.train.clips.evaluate import held_out, score
-from kvkeye.train.clips.latents import encode, encode_windows, guide_clips, with_mask
+from kvkeye.train.clips.latents import encode, guide_clips, splice, with_mask
 from kvkeye.train.clips.measures import Recognised, measure, recognise
 from kvkeye.train.clips.models import without_guide
 from kvkeye.train.clips.motion import DIRECTIONS, SHAPES, SPEEDS, Motion, draw, vocabulary
@@ -45,9 +45,6 @@ layers = 1
 heads = 1
 head_dim = 12
 ffn = 16
-[decoder]
-steps = 2
-num_frames = 9
 [optimizer]
 warmup = 1
 """
@@ -117,7 +114,7 @@ def test_a_short_run_gives_two_folders_that_sample(recipe, tmp_path, capsys):
     """Smoke: all stages through the command line and the project's attention, then a clip from a folder."""
     assert main(["train", str(recipe)]) == 0
     told = capsys.readouterr().err
-    assert "vae 3/3" in told and "denoiser 3/3" in told and "decoder 2/2" in told
+    assert "vae 3/3" in told and "denoiser 3/3" in told
     folder, out = tmp_path / "out" / "small-t2v", tmp_path / "clip.mp4"
     words = ["video", "a red disc moves slowly left", "--pipeline", str(folder), "--out", str(out), "--seconds", "2"]
     assert main(words) == 0 and out.exists(), capsys.readouterr().err
@@ -129,8 +126,8 @@ def test_a_folder_is_scored_and_gets_its_card(recipe, tmp_path, capsys, stage):
     run(recipe)
     folder = tmp_path / "out" / f"small-{stage}"
     evaluate_main(["evaluate", str(folder), "count=3", "card=true"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| small-{stage}")]
-    assert line in (folder / "README.md").read_text()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| small-{stage}")]
+    assert len(lines) == 2 and all(line in (folder / "README.md").read_text() for line in lines)
     scores = json.loads((folder / "scores.json").read_text())
     assert scores[f"small-{stage}"]["clips"] == 3 and scores["VAE of true clips"]["presence"] <= 1
 
@@ -188,19 +185,23 @@ def test_text_to_video_is_the_denoiser_without_a_guide(recipe):
     assert (seen - alone).abs().max() > 1e-3
 
 
-def test_the_decoder_goes_on_alone_on_latents_of_windows(recipe):
+def test_joined_clips_are_beginnings_and_ends_of_clips(recipe):
+    """Each frame and each latent is one of a clip of the batch; what follows a joint may be encoded from there on."""
     trainer = VideoTrainer(load(recipe))
-    for stage in ("vae", "denoiser"):
-        assert trainer.stage == stage
-        trainer.finish_stage()
-    vae, clips = trainer.parts["vae"], trainer._clips("decoder", 0, 1, 13)[1]
-    windows = encode_windows(vae, clips, 5)
-    assert windows.shape[2] == 7
-    assert torch.equal(windows[:, :, 5:], vae.encode(clips[:, :, 8:]).latent_dist.mode()[:, :, 1:])
-    before = deepcopy(vae.state_dict())
-    trainer.train_step()
-    moved = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"decoder", "post_quant_conv"}
+    vae, clips = trainer.parts["vae"], trainer._clips("vae", 0, 3, 9)[1]
+    whole, kinds = vae.encode(clips).latent_dist.mode(), set()
+    for seed in range(24):
+        joined, latents = splice(vae, clips, torch.Generator().manual_seed(seed))
+        assert joined.shape == clips.shape and latents.shape == whole.shape
+        at = next((i for i in range(9) if torch.equal(joined[:, :, i:], clips[:, :, i:])), 9)
+        assert any(torch.equal(joined[:, :, :at], clips.roll(shift, 0)[:, :, :at]) for shift in (0, 1))
+        assert any(torch.equal(latents[:, :, 0], whole.roll(shift, 0)[:, :, 0]) for shift in (0, 1))
+        last = [
+            torch.equal(latents[:, :, -1], end[:, :, -1])
+            for end in (whole, vae.encode(clips[:, :, 8:]).latent_dist.mode())
+        ]
+        kinds.add((at > 0, *last))
+    assert (False, True, False) in kinds and (True, True, False) in kinds and len(kinds) >= 3
 
 
 def test_unusable_recipes(recipe):

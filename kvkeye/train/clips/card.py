@@ -33,10 +33,10 @@ of `kvkeye video` make longer ones.
 ## How it was made
 
 `kvkeye train video.toml`, on two CPU cores, from nothing: an `AutoencoderKLWan` (4 times smaller in both sides, 2 times
-in time); a transformer ({layers} layers of width {size}) with its text encoder by flow matching, for which two in five
-clips came with their first frame; the VAE's decoder once more, on long clips. tiny-i2v is this transformer,
-tiny-t2v the same without its channels for a guide. Self-attention went through `ops.tile_attention` and its backward.
-The transformer's weights are moving averages.
+in time), which saw clips joined of others so that every latent speaks for itself; a transformer ({layers} layers of
+width {size}) with its text encoder by flow matching, for which two in five clips came with their first frame. tiny-i2v
+is this transformer, tiny-t2v the same without its channels for a guide. Self-attention went through
+`ops.tile_attention` and its backward. The transformer's weights are moving averages.
 
 ## Scores
 
@@ -53,7 +53,7 @@ them to 512, as the pipelines do unless told.
 
 ## Limits
 
-One shape on one background, {num_frames} frames; the VAE's encoder keeps colours for 17 frames.
+One shape on one background, {num_frames} frames.
 Every combination of words is in training: the scores say nothing about new ones.
 """
 

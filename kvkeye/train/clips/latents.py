@@ -50,12 +50,23 @@ def encode(vae: Any, clips: Tensor) -> Tensor:
     return latents
 
 
-def encode_windows(vae: Any, clips: Tensor, window: int) -> Tensor:
-    """Raw latents [B, z, T, h, w] of long clips, each from a window of `window` frames; windows share one frame."""
-    with torch.no_grad():
-        starts = range(0, clips.shape[2] - 1, window - 1)
-        parts = [vae.encode(clips[:, :, start : start + window]).latent_dist.mode() for start in starts]
-    return torch.cat([parts[0], *(part[:, :, 1:] for part in parts[1:])], 2)
+def splice(vae: Any, clips: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Clips [B, 3, F, H, W] and raw latents of them, two times in three joined of two at a random place.
+
+    A causal encoder may leave out of a latent what those before it say, and a long clip made of short ones then
+    forgets. Joined to another clip's beginning, each latent must say it all. What follows the joint was encoded with
+    its clip or, as tiles are, from there on.
+    """
+    kind, shift, place = (int(torch.randint(size, (), generator=draws)) for size in (3, 2, 1 << 30))
+    latents = vae.encode(clips).latent_dist.mode()
+    if kind == 0:
+        return clips, latents
+    # The first latent of the second part: an encoder takes 4 n + 1 frames.
+    at = 1 + place % (latents.shape[2] - 1) if kind == 1 else 2 + 2 * (place % (latents.shape[2] // 2))
+    frame = RATIO * at - 1
+    tail = latents[:, :, at:] if kind == 1 else vae.encode(clips[:, :, frame + 1 :]).latent_dist.mode()
+    head, seen = latents.roll(shift, 0)[:, :, :at], clips.roll(shift, 0)[:, :, :frame]
+    return torch.cat([seen, clips[:, :, frame:]], 2), torch.cat([head, tail], 2)
 
 
 def guide_clips(clips: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Denoiser:
     """A Wan transformer's sizes and training. A `guided` share of the clips comes with its first frame, as in image to
     video; the others are text to video."""
 
-    steps: int = 4000
+    steps: int = 2500
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 3e-3
@@ -48,22 +48,6 @@ class Denoiser:
     guided: float = 0.4
     shift: float = 3.0
     ema: float = 0.998
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The VAE's decoder once more, on clips of `num_frames`, which reach beyond all that it saw before.
-
-    Its latents come from windows as long as the denoiser's clips, as those of long clips do.
-    """
-
-    steps: int = 600
-    batch: int = 1
-    num_frames: int = 65
-    noise: float = 0.05
-    lr: float = 5e-4
-    muon_lr: float = 0.0
-    decay: int = 450
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,6 @@ class VideoRecipe:
     text_dim: int = 64
     vae: Vae = field(default_factory=Vae)
     denoiser: Denoiser = field(default_factory=Denoiser)
-    decoder: Decoder = field(default_factory=Decoder)
     optimizer: Optimizer = field(default_factory=Optimizer)
     save_every: int = 200
     report_every: int = 50
@@ -97,7 +80,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> VideoRecipe:
     """Reads a recipe. Raises ConfigError: an unknown, missing or mistyped entry, by name."""
     data = read_toml(path, overrides)
     parts: dict[str, Any] = {}
-    kinds = {"vae": Vae, "denoiser": Denoiser, "decoder": Decoder, "optimizer": Optimizer}
+    kinds = {"vae": Vae, "denoiser": Denoiser, "optimizer": Optimizer}
     for name, kind in kinds.items():
         parts[name] = build(kind, data.pop(name, {}), f"{path}: {name}")
     recipe: VideoRecipe = build(VideoRecipe, {**data, **parts}, str(path))
@@ -109,7 +92,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> VideoRecipe:
     return replace(recipe, output=Path(recipe.output))
 
 
-STAGES = ("vae", "denoiser", "decoder")
+STAGES = ("vae", "denoiser")
 
 
 def stage_steps(recipe: VideoRecipe, stage: str) -> int:

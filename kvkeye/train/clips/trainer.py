@@ -1,4 +1,4 @@
-"""Three stages from nothing: the VAE, one denoiser for text and image to video with its text encoder, its decoder.
+"""Two stages from nothing: the VAE, then one denoiser for text and image to video with its text encoder.
 
 Batches come from (seed, stage, step) alone and the whole state is saved, so an interrupted run continues to the same
 bits. Attention may be replaced by the caller's, so that the project's ops train too.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kvkeye.train import checkpoint
 from kvkeye.train.clips import models
-from kvkeye.train.clips.latents import Pool, encode_windows, fill
+from kvkeye.train.clips.latents import Pool, fill, splice
 from kvkeye.train.clips.motion import Motion, draw
 from kvkeye.train.clips.recipe import STAGES, VideoRecipe, load, stage_steps
 from kvkeye.train.optimizer import Updater
@@ -61,11 +61,9 @@ class VideoTrainer:
         self.average = {name: value.detach().clone() for name, value in self.named}
 
     def _learning(self) -> Iterable[tuple[str, nn.Parameter]]:
-        chosen = {"vae": ("vae",), "denoiser": ("denoiser", "text"), "decoder": ("vae",)}[self.stage]
-        for part in chosen:
+        for part in {"vae": ("vae",), "denoiser": ("denoiser", "text")}[self.stage]:
             for name, value in self.parts[part].named_parameters():
-                if self.stage != "decoder" or name.startswith(("decoder.", "post_quant_conv.")):
-                    yield f"{part}.{name}", value
+                yield f"{part}.{name}", value
 
     def finish_stage(self) -> None:
         """Puts the averaged weights in place, or prepares what the denoiser builds on."""
@@ -115,10 +113,7 @@ class VideoTrainer:
             is_long = self.step % 4 == 3
             count, num_frames = (max(1, size // 2), self.recipe.vae.num_frames) if is_long else (size, _SHORT)
             clips = self._clips("vae", self.step, count, num_frames)[1]
-            return self._vae_loss(clips, self.parts["vae"].encode(clips).latent_dist.mode())
-        if self.stage == "decoder":
-            clips = self._clips("decoder", self.step, size, self.recipe.decoder.num_frames)[1]
-            return self._vae_loss(clips, encode_windows(self.parts["vae"], clips, self.recipe.num_frames))
+            return self._vae_loss(*splice(self.parts["vae"], clips, self._draws("splice", self.step)))
         if self.pool is None:
             count = self.recipe.pool // self.recipe.processes
             self.pool = fill(self.parts["vae"], partial(self._clips, "pool"), count)
@@ -126,8 +121,8 @@ class VideoTrainer:
 
     def _vae_loss(self, clips: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Errors of the pixels after noise on the latents, so that a denoiser's small errors do little harm."""
-        vae, share = self.parts["vae"], getattr(self.recipe, self.stage).noise
-        noise = torch.randn(latents.shape, generator=self._draws(f"{self.stage} noise", self.step))
+        vae, share = self.parts["vae"], self.recipe.vae.noise
+        noise = torch.randn(latents.shape, generator=self._draws("vae noise", self.step))
         spread = latents.detach().std((0, 2, 3, 4), keepdim=True)
         error = vae.decode(latents + share * spread * noise).sample - clips
         loss = error.square().mean()
