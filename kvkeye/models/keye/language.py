@@ -36,7 +36,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """x [T, H] is what the layer before adds to `residual` [T, H]; the same pair is returned."""
-        if isinstance(context, PagedContext) and self.mlp.down_proj.packed is not None and not self.in_parts:
+        is_packed = self.mlp.down_proj.packed is not None and not self.in_parts
+        if is_packed and isinstance(context, PagedContext) and not context.k_scales:
             return self._as_one(x, residual, positions, context)
         if residual is None:
             x, residual = self.input_layernorm(x), x
