@@ -57,7 +57,7 @@ native:
 
 # What the benchmarks compare with and the package does not need (benchmarks/README.md). vLLM's CPU build wants its own
 # environment and dies on the GPU builds of three packages that it names; the two keye-vl-utils share a module name.
-peers: $(PEERS)/.stamps/vllm $(PEERS)/.stamps/keye-vl-utils
+peers: $(PEERS)/.stamps/vllm $(PEERS)/.stamps/keye-vl-utils $(PEERS)/.stamps/triton
 
 $(PEERS)/.stamps/vllm:
 	$(PYTHON) -m venv $(PEERS)/vllm
@@ -71,6 +71,11 @@ $(PEERS)/.stamps/keye-vl-utils: | $(STAMPS)/venv
 	done
 	$(BIN)/pip install -q --no-deps --target $(PEERS)/keye-vl-utils-deps \
 	  torchvision==0.28.0 opencv-python-headless einops requests urllib3 certifi charset-normalizer idna
+	mkdir -p $(@D) && touch $@
+
+# The version that comes with torch 2.11, for the tests that compile every Triton kernel.
+$(PEERS)/.stamps/triton: | $(STAMPS)/venv
+	$(BIN)/pip install -q --no-deps --target $(PEERS)/triton-3.6 triton==3.6.0
 	mkdir -p $(@D) && touch $@
 
 clean:

@@ -171,7 +171,8 @@ def compiled(capability: int, parts: list[str]) -> Iterator[dict[str, Any]]:
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx = built.asm["ptx"]
         yield {
-            "kernel": kernel.__name__, "shape": shape, "shared_bytes": built.metadata.shared,
+            "triton": triton.__version__, "kernel": kernel.__name__, "shape": shape,
+            "shared_bytes": built.metadata.shared,
             "matrix": sorted({m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in ptx}),
             "async_copy_bytes": sorted({int(n, 16) for n in re.findall(r"cp\.async\.c.*?\], (0x[0-9a-f]+)", ptx)}),
             **resources(built.asm["cubin"]),

@@ -28,8 +28,12 @@ USES_MATRICES = re.compile(
 )
 
 
+#: Another Triton than the environment's, where `make peers` has put it.
+OLDER = ROOT / ".peers" / "triton-3.6"
+
+
 @functools.cache
-def compiled(capability: int) -> list[dict[str, Any]]:
+def compiled(capability: int, package: Path | None = None) -> list[dict[str, Any]]:
     """One report per kernel and specialisation; all kernels for sm_90, those with matrix products for the others."""
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:
@@ -38,6 +42,8 @@ def compiled(capability: int) -> list[dict[str, Any]]:
         pytest.skip("this build of triton ships no ptxas, so it cannot assemble kernels for NVIDIA GPUs")
     parts = ["attention", "video", "linear"] + (["other"] if capability == 90 else [])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if package is not None:
+        environment["PYTHONPATH"] = str(package)
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton.compile_kernels", str(capability), *parts],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
@@ -93,3 +99,18 @@ def test_the_table_of_resources_is_true(capability: int) -> None:
         pytest.skip(f"the table is of triton {named[1]}, here is {here}")
     stated = [line for line in text.splitlines() if f"| sm_{capability} |" in line]
     assert sorted(stated) == sorted(table_row(capability, report) for report in reports)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", SHARED)
+def test_another_version_compiles_them_as_well(capability: int) -> None:
+    """Triton 3.6, which comes with torch 2.11: matrix instructions, nothing spilled, shared memory within bounds."""
+    if not OLDER.is_dir():
+        pytest.skip(f"{OLDER.relative_to(ROOT)} is not there; `make peers` installs it")
+    reports = compiled(capability, OLDER)
+    assert {report["triton"] for report in reports} == {"3.6.0"}
+    assert len(reports) == len(compiled(capability))
+    for report in reports:
+        assert report["shared_bytes"] <= SHARED[capability] and report["local_bytes"] == 0, report
+        if USES_MATRICES.fullmatch(report["kernel"]):
+            assert MATRIX[capability] in report["matrix"] and min(report["async_copy_bytes"]) >= 4, report
