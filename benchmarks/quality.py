@@ -142,7 +142,10 @@ def parse() -> argparse.Namespace:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a table per kind and length, the last row of each arm and length; then the paired differences."""
+    """Markdown: a table per kind and length, the last row of each arm and length; then the paired differences.
+
+    The file has more measures than the table.
+    """
     latest = {(row["arm"], row["times"]): row for row in rows}
     lines: list[str] = []
     for guided in (False, True):
@@ -152,7 +155,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             what = "Image to video" if guided else "Text to video"
             lines += ["", f"{what}, {factor} times the training length, {chosen[0]['clips']} clips each:", ""]
-            lines += [f"| arm | passes | {' | '.join(SHOWN)} |", "|---|---|" + "---|" * len(SHOWN)]
+            lines += [f"| arm | passes | {' | '.join(JUDGED)} |", "|---|---|" + "---|" * len(JUDGED)]
             lines += [_line(row) for row in chosen]
             lines += _differences(chosen)
     origin = {
@@ -165,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     found = row["measures"]
-    return f"| {row['arm']} | {found['passes'][0]:.1f} | {' | '.join(_cell(found[name]) for name in SHOWN)} |"
+    return f"| {row['arm']} | {found['passes'][0]:.1f} | {' | '.join(_cell(found[name]) for name in JUDGED)} |"
 
 
 def _differences(rows: list[dict[str, Any]]) -> list[str]:
