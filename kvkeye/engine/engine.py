@@ -10,6 +10,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from kvkeye.engine.answer import Parser, Tracker
@@ -17,7 +18,7 @@ from kvkeye.engine.assemble import build_encodings, build_forward
 from kvkeye.engine.backends import serving_backends
 from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import BlockManager
-from kvkeye.engine.config import EngineConfig
+from kvkeye.engine.config import EngineConfig, SpeculationConfig
 from kvkeye.engine.draft import Drafter
 from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.encoder_cache import EncoderCache
@@ -76,6 +77,8 @@ class Engine:
         drafter: Drafter | None = None,
     ) -> None:
         text = model.config.text
+        if drafter is not None and config.speculation == "auto":  # kernels and recordings follow the configuration
+            config = replace(config, speculation=SpeculationConfig())
         backends = serving_backends(config, model.device)
         self.speculation = speculation_of(config, drafter, backends)
         head = drafter if isinstance(drafter, HeadDrafter) and self.speculation is not None else None

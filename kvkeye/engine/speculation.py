@@ -145,7 +145,7 @@ def speculation_of(config: EngineConfig, drafter: Drafter | None, backends: str)
     wanted = config.speculation
     if wanted == "auto":
         # Elsewhere the bits of a token may depend on the tokens beside it, proposals among them.
-        wanted = SpeculationConfig() if backends == "cpp" or drafter is not None else None
+        wanted = SpeculationConfig() if backends == "cpp" else None
     if not isinstance(wanted, SpeculationConfig):
         return None
     if wanted.model is not None and drafter is None:

@@ -160,6 +160,12 @@ def test_a_draft_model(other):
     assert served.speculation.drafter.pool.num_used == 0
 
 
+def test_a_drafter_that_is_given_asks_for_speculation():
+    """Kernels and recordings are chosen by the configuration."""
+    served = served_by(drafter=DraftModel(model(), 60, 16, "cpp"), speculation="auto")
+    assert served.config.speculation == SpeculationConfig()
+
+
 def test_a_draft_model_follows_preemption_and_chunks():
     served = drafted_by(False, max_prefill_chunk=19)
     check_lossless(served, PROMPTS, truth(), interrupt=preempt_often)

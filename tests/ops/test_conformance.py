@@ -291,7 +291,7 @@ def test_views(op: Op, implementation: str, dtype: str, kind: str) -> None:
         try:
             out = call(op, implementation, tuple(views(op, case.args, kind)))
         except UnsupportedError:
-            assert implementation == "triton", f"{what}: {implementation} takes views"
+            assert implementation in ("triton", "cuda"), f"{what}: {implementation} takes views"
             return
         if implementation == "eager":  # torch picks its kernels by stride
             naive = reference_outputs(op, copied(case.args))
