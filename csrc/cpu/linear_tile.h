@@ -124,9 +124,9 @@ struct Int8Quads : AsTheyAre<64> {
 using Int8Quads = Int8Pairs;
 #endif
 
-// total[m][o] (+)= the sum over the words of a chunk of x[m] w[o]. Inputs of a row lie together. With
-// Streams, a cache line at `next` is asked for with every word.
-template <class Product, int M, int N, bool Streams>
+// total[m][o] (+)= the sum over the words of a chunk of x[m] w[o]. Inputs of a row lie together. `Lines`
+// cache lines at `next` are asked for with every word.
+template <class Product, int M, int N, int Lines>
 void multiply(const float* x, const float* w, int words, float* total, bool first, const char* next) {
   using Sum = typename Product::Sum;
   for (int o = 0; o < kPanel; o += N * kLanes) {
@@ -137,8 +137,8 @@ void multiply(const float* x, const float* w, int words, float* total, bool firs
       for (int n = 0; n < N; ++n)
         sum[m][n] = Sum{};
     for (int k = 0; k < words; ++k) {
-      if (Streams && o == 0)
-        __builtin_prefetch(next + k * 64);
+      for (int line = 0; line < Lines && o == 0; ++line)
+        __builtin_prefetch(next + (k * Lines + line) * 64);
 #pragma GCC unroll 2
       for (int step = 0; step < Product::steps; ++step) {
         Vf weight[N];
@@ -165,13 +165,13 @@ void multiply(const float* x, const float* w, int words, float* total, bool firs
 }
 
 // The tile of `rows` rows, at most Rows of them.
-template <class Product, bool Streams, int Rows = kTileRows>
+template <class Product, int Lines, int Rows = kTileRows>
 KVKEYE_INLINE void multiply_tile(const float* x, const float* w, int words, int rows, float* total,
                                  bool first, const char* next) {
   if constexpr (Rows > 0) {
     if (rows == Rows)
-      return multiply<Product, Rows, kTileVectors, Streams>(x, w, words, total, first, next);
-    multiply_tile<Product, Streams, Rows - 1>(x, w, words, rows, total, first, next);
+      return multiply<Product, Rows, kTileVectors, Lines>(x, w, words, total, first, next);
+    multiply_tile<Product, Lines, Rows - 1>(x, w, words, rows, total, first, next);
   }
 }
 

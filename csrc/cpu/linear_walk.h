@@ -71,10 +71,10 @@ template <class Params> struct Panel {
     return copy;
   }
 
-  // Few rows leave it to the hardware, which sees one stream: asking for more would only take its place.
+  // One or two rows leave it to the hardware, which sees one stream: they wait for memory alone.
   Ahead ahead(int64_t k, int64_t rows) const {
     if (packed != nullptr)
-      return {rows <= kTileRows ? nullptr : (const char*)(packed + k * kPanel), {}, {}};
+      return {rows <= 2 ? nullptr : (const char*)(packed + k * kPanel), {}, {}};
     const char* first = (const char*)(this->rows.row[0] + k);
     return {nullptr, {first, stride * (int64_t)sizeof(T), kPanel, kInputChunk<T> * (int)sizeof(T) / 64}, {}};
   }
@@ -124,7 +124,7 @@ template <class Product, class Finish>
 KVKEYE_INLINE void multiply_chunk(int64_t rows, const float* x, const float* w, int words, float* total,
                                   bool first, const Ahead& ahead, const Finish& finish) {
   const int tiles = (int)blocks_of(rows, kTileRows);
-  constexpr int asking = kPanel * 4 / 64; // tiles that ask for a line with every word
+  constexpr int asking = kPanel * 4 / 64; // lines of a word: tiles that ask for one each, or one for all
   for (int tile = 0; tile < tiles; ++tile) {
     const Part part = Part::of(tile, tiles, rows);
     const float* from = x + part.first * Product::row_words;
@@ -132,10 +132,12 @@ KVKEYE_INLINE void multiply_chunk(int64_t rows, const float* x, const float* w, 
     Upcoming::fetch(ahead.plain, tile, tiles);
     Upcoming::fetch(ahead.inputs, tile, tiles);
     if (ahead.packed == nullptr || tile >= asking)
-      multiply_tile<Product, false>(from, w, words, (int)part.count, sums, first, nullptr);
+      multiply_tile<Product, 0>(from, w, words, (int)part.count, sums, first, nullptr);
+    else if (tiles == 1)
+      multiply_tile<Product, asking>(from, w, words, (int)part.count, sums, first, ahead.packed);
     else
-      multiply_tile<Product, true>(from, w, words, (int)part.count, sums, first,
-                                   ahead.packed + tile * words * 64);
+      multiply_tile<Product, 1>(from, w, words, (int)part.count, sums, first,
+                                ahead.packed + tile * words * 64);
     finish(part);
   }
 }
