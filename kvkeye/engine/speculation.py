@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -63,7 +64,7 @@ class Speculation:
         self.adaptive = adaptive
         self.length = DraftLength()
         self.total = Tally()
-        self._by_request: dict[str, Tally] = {}
+        self._by_request: defaultdict[str, Tally] = defaultdict(Tally)
         self._evidence: dict[int, int] = {}  # of the drafts of the current step
 
     def propose(self, sequences: SequenceOf[Sequence], budget: int) -> dict[int, Draft]:
@@ -101,7 +102,7 @@ class Speculation:
         self._evidence = {}
 
     def _tallies(self, seq: Sequence) -> tuple[Tally, Tally]:
-        return self.total, self._by_request.setdefault(seq.request.request_id, Tally())
+        return self.total, self._by_request[seq.request.request_id]
 
     def _count_time(
         self,

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from kvkeye.ops._autograd import wide
-from kvkeye.ops.activation import silu_mul
+from kvkeye.ops._projections import gated, project
 from kvkeye.ops.attention import paged_attention
 from kvkeye.ops.kv_cache import qk_norm_mrope_append
-from kvkeye.ops.linear import packed_linear, prepacked_linear, prepacked_linear_silu_mul
 from kvkeye.ops.norm import add_rms_norm, rms_norm
 
 #: The order of draft_tree's `weights`.
@@ -46,12 +45,6 @@ class Text:
     table: Tensor
     known: int
     position: int
-
-
-def project(x: Tensor, weight: Tensor, outputs: int) -> Tensor:
-    """x W^T of a plain or a packed weight."""
-    y: Tensor = packed_linear(x, weight, None) if weight.dim() == 2 else prepacked_linear(x, weight, None, outputs)
-    return y
 
 
 @dataclass(frozen=True)
@@ -165,9 +158,6 @@ class Head:
     def _finish(self, attended: Tensor, states: Tensor) -> Tensor:
         w, size = self.weights, states.shape[1]
         normed, total = add_rms_norm(project(attended, w["out"], size), states, w["post_norm"], self.eps)
-        if w["gate_up"].dim() == 2:
-            inner = silu_mul(packed_linear(normed, w["gate_up"], None))
-        else:
-            inner = prepacked_linear_silu_mul(normed, w["gate_up"], self.intermediate)
+        inner = gated(normed, w["gate_up"], self.intermediate)
         result: Tensor = total + project(inner, w["down"], size)
         return result

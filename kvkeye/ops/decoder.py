@@ -6,13 +6,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from kvkeye.ops._draft_head import project
 from kvkeye.ops._op import op
-from kvkeye.ops.activation import silu_mul
+from kvkeye.ops._projections import gated, project
 from kvkeye.ops.attention import paged_attention
-from kvkeye.ops.int8_linear import int8_linear, int8_linear_silu_mul
 from kvkeye.ops.kv_cache import qk_norm_mrope_append
-from kvkeye.ops.linear import packed_linear, prepacked_linear_silu_mul
 from kvkeye.ops.norm import add_rms_norm, rms_norm
 
 #: The order of decoder_layer's `weights`.
@@ -83,32 +80,17 @@ def decoder_layer(
     else:
         normed, total = add_rms_norm(x, residual, w["input_norm"], eps)
     num_kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
-    qkv = _project(normed, w["qkv"], s.get("qkv"), (num_q_heads + 2 * num_kv_heads) * dim)
+    qkv = project(normed, w["qkv"], (num_q_heads + 2 * num_kv_heads) * dim, s.get("qkv"))
     q = qk_norm_mrope_append(
         qkv, w["q_norm"], w["k_norm"], positions, k_cache, v_cache, slot_mapping, sections, theta, eps
     )  # [T, Hq, D]
     o = paged_attention(
         q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, tree_mask, softmax_scale
     )[0].flatten(1)  # fmt: skip
-    attended = _project(o, w["out"], s.get("out"), x.shape[1])
+    attended = project(o, w["out"], x.shape[1], s.get("out"))
     normed, total = add_rms_norm(attended, total, w["post_norm"], eps)
-    inner = _gated(normed, w["gate_up"], s.get("gate_up"), intermediate)  # [T, I]
-    return _project(inner, w["down"], s.get("down"), x.shape[1]), total
-
-
-def _project(x: Tensor, weight: Tensor, scales: Optional[Tensor], outputs: int) -> Tensor:
-    y: Tensor = project(x, weight, outputs) if scales is None else int8_linear.reference(x, weight, scales, None)
-    return y
-
-
-def _gated(x: Tensor, weight: Tensor, scales: Optional[Tensor], outputs: int) -> Tensor:
-    if scales is not None:
-        y: Tensor = int8_linear_silu_mul.reference(x, weight, scales)
-    elif weight.dim() == 2:
-        y = silu_mul(packed_linear(x, weight, None))
-    else:
-        y = prepacked_linear_silu_mul(x, weight, outputs)
-    return y
+    inner = gated(normed, w["gate_up"], intermediate, s.get("gate_up"))  # [T, I]
+    return project(inner, w["down"], x.shape[1], s.get("down")), total
 
 
 decoder_layer.fake(lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)))

@@ -192,6 +192,12 @@ def check_wait(races: Path, calls: list[Call], folder: Path, wait: str) -> None:
         assert "data race in" in said or "while an asynchronous copy to it is on its way" in said, said or "unseen"
 
 
+def check_races(races: Path, seed: int, calls: list[Call], folder: Path) -> None:
+    """Asserts that no two threads meet at a place without a wait between them, in the order of `seed`."""
+    result = execute(races, seed, calls, folder)
+    assert result.returncode == 0 and "data race" not in result.stderr, result.stderr[:4000]
+
+
 def check_plant(asan: Path, calls: list[Call], folder: Path, plant: Plant) -> None:
     """Asserts that some call sees the overrun."""
     said = complaint(asan, calls, folder, plant.switch)

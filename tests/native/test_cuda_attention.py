@@ -115,17 +115,21 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], rows: slice) -> 
     )
 
 
-def test_a_row_has_its_own_bits(asan: Path, tmp_path: Path) -> None:
-    """Decoded alone, verified in a chain or a tree, in a chunk, in any tile, splits side by side or in one walk."""
-    whole = Paged([1030], [40], (4, 2), 16, 64)
-    chain = Paged([1030], [40], (4, 2), 16, 64, [(2 << i) - 1 for i in range(40)])
+def check_own_bits(paged: type[Paged], asan: Path, folder: Path) -> None:
+    """Decoded alone, verified in a chain, in a chunk, in any tile, splits side by side or in one walk."""
+    whole = paged([1030], [40], (4, 2), 16, 64)
+    chain = paged([1030], [40], (4, 2), 16, 64, [(2 << i) - 1 for i in range(40)])
     parts = [(1, 0), (1, 5), (1, 39), (4, 0), (8, 7), (20, 3)]  # rows, newer tokens that are not there yet
     calls = [whole.call(), whole.call(in_one_walk=1), chain.call()]
     calls += [whole.suffix(*part).call(in_one_walk=i % 2) for i, part in enumerate(parts)]
-    full, walked, chained, *found = harness.run(asan, 1, calls, tmp_path / "calls")
+    full, walked, chained, *found = harness.run(asan, 1, calls, folder)
     assert same(walked, full, slice(None)) and same(chained, full, slice(None))
     for (count, drop), outputs in zip(parts, found, strict=True):
         assert same(outputs, full, slice(40 - drop - count, 40 - drop)), (count, drop)
+
+
+def test_a_row_has_its_own_bits(asan: Path, tmp_path: Path) -> None:
+    check_own_bits(Paged, asan, tmp_path / "calls")
 
 
 def test_a_row_does_not_know_its_batch(asan: Path, tmp_path: Path) -> None:

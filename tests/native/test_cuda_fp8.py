@@ -15,7 +15,7 @@ from kvkeye.testing.compare import assert_close
 from tests.native import cuda_harness as harness
 from tests.native import cuda_plants as plants
 from tests.native.cuda_harness import Call, Plant
-from tests.native.test_cuda_attention import Paged, same
+from tests.native.test_cuda_attention import Paged, check_own_bits
 from tests.native.test_cuda_rope import Write
 
 FP8 = torch.float8_e4m3fn
@@ -209,16 +209,7 @@ def test_nan_scales_give_nan(asan: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_has_its_own_bits(asan: Path, tmp_path: Path) -> None:
-    """Decoded alone, verified in a chain, in a chunk, in any tile, splits side by side or in one walk."""
-    whole = QuantizedPaged([1030], [40], (4, 2), 16, 64)
-    chain = QuantizedPaged([1030], [40], (4, 2), 16, 64, [(2 << i) - 1 for i in range(40)])
-    parts = [(1, 0), (1, 5), (1, 39), (4, 0), (8, 7), (20, 3)]  # rows, newer tokens that are not there yet
-    calls = [whole.call(), whole.call(in_one_walk=1), chain.call()]
-    calls += [whole.suffix(*part).call(in_one_walk=i % 2) for i, part in enumerate(parts)]
-    full, walked, chained, *found = harness.run(asan, 1, calls, tmp_path / "calls")
-    assert same(walked, full, slice(None)) and same(chained, full, slice(None))
-    for (count, drop), outputs in zip(parts, found, strict=True):
-        assert same(outputs, full, slice(40 - drop - count, 40 - drop)), (count, drop)
+    check_own_bits(QuantizedPaged, asan, tmp_path / "calls")
 
 
 @pytest.mark.parametrize("wait", harness.waits(harness.CUDA / "paged_attention.cu"))

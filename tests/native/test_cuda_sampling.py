@@ -122,7 +122,7 @@ def race_calls() -> list[Call]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_no_races(seed: int, races: Path, tmp_path: Path) -> None:
-    harness.run(races, seed, race_calls(), tmp_path / "calls")
+    harness.check_races(races, seed, race_calls(), tmp_path / "calls")
 
 
 @pytest.mark.parametrize("wait", [wait for path in FILES for wait in harness.waits(path)])
