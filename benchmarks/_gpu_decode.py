@@ -18,7 +18,7 @@ import torch
 from _engine_checkpoint import GEOMETRIES
 from torch import Tensor
 
-from kvkeye.engine.backends import FP8_OPS, SERVING_OPS, gpu_backends, gpu_choice
+from kvkeye.engine.backends import FP8_REFERENCE, SERVING_OPS, gpu_backends, gpu_choice
 from kvkeye.engine.batch import ForwardBatch, TokenInputs
 from kvkeye.engine.decode_graphs import padded
 from kvkeye.engine.graphs import CudaRecorder, Recorder, rerun
@@ -86,8 +86,7 @@ def random_model(config: KeyeConfig, device: torch.device) -> KeyeModel:
 
 def serving_orders(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> dict[str, str]:
     """The order of implementations that an engine serves with, free and invariant; FP8 caches on a CPU have one."""
-    reference = ";".join(f"{op}=eager" for op in FP8_OPS) + ";*=cpp"
-    orders = dict.fromkeys(("free", "invariant"), reference) if fp8 else {"free": "", "invariant": "cpp"}
+    orders = dict.fromkeys(("free", "invariant"), FP8_REFERENCE) if fp8 else {"free": "", "invariant": "cpp"}
     if device.type == "cuda":
         for way in orders:
             choices = [gpu_choice(op, dtype, way == "invariant") for op in SERVING_OPS if op != "verify_draft"]

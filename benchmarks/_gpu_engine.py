@@ -20,14 +20,12 @@ from torch import Tensor
 from kvkeye.cli.bundled import resolve_model
 from kvkeye.cli.drawings import draw
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
-from kvkeye.engine.backends import FP8_OPS
+from kvkeye.engine.backends import FP8_REFERENCE
 from kvkeye.engine.graphs import rerun
 from kvkeye.engine.warm_up import record_passes
 
 NUM_TOKENS = 24
 HEAD = {"method": "eagle3", "model": "tiny-keye-eagle3", "num_speculative_tokens": 7, "adaptive": False}
-#: Where only the reference takes FP8 caches.
-REFERENCE = ";".join(f"{op}=eager" for op in FP8_OPS) + ";*=cpp"
 Check = Callable[[], str]
 Answers = dict[str, Tensor]  # logits [NUM_TOKENS, V] fp32 on the CPU, by question
 
@@ -125,7 +123,7 @@ def _assert_equal(found: Answers, expected: Answers) -> None:
 
 def fp8_is_near_plain(device: str, dtype: str) -> str:
     """FP8 caches beside plain ones; an e4m3 value is off by at most 1 / 16."""
-    fp8 = {"kv_cache_dtype": "fp8"} | ({"backends": REFERENCE} if device == "cpu" else {})
+    fp8 = {"kv_cache_dtype": "fp8"} | ({"backends": FP8_REFERENCE} if device == "cpu" else {})
     error, share = distance(answered(device, dtype, **fp8), cached(device, dtype))
     assert error <= 1 / 16, f"logits are {error:.3f} from those with plain caches; {1 / 16:.3f} is allowed"
     return f"pass: error {error:.3f} of {1 / 16:.3f} allowed, {share:.0%} of tokens equal"

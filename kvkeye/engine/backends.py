@@ -40,6 +40,8 @@ SERVING_OPS = (
 )
 #: What reads or writes the keys and values of every token.
 FP8_OPS = ("paged_attention", "qk_norm_mrope_append")
+#: What takes FP8 caches on a CPU: the reference of these, to try them rather than to serve.
+FP8_REFERENCE = ";".join(f"{op}=eager" for op in FP8_OPS) + ";*=cpp"
 #: (op, implementation) on a GPU whose bits depend on the number of rows, and why.
 VARIANT = {("packed_linear", "cuda"): "cuBLAS chooses its kernel, and with it the order of sums, by the number of rows"}
 
@@ -120,7 +122,7 @@ def check_fp8(backends: str, device: torch.device) -> None:
                 raise ConfigError(
                     f"EngineConfig.kv_cache_dtype: got 'fp8', but on {device} {name} runs on {', '.join(order)}; FP8 "
                     f"caches are taken by {', '.join(takes)} in bfloat16, and by eager, the slow reference. Leave "
-                    f"kv_cache_dtype at 'auto', or set backends='{';'.join(f'{op}=eager' for op in FP8_OPS)};*=cpp'."
+                    f"kv_cache_dtype at 'auto', or set backends='{FP8_REFERENCE}'."
                 )
 
 

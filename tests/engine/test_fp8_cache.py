@@ -13,7 +13,7 @@ import torch
 
 from kvkeye import ops
 from kvkeye.engine import Engine, EngineConfig, SamplingParams
-from kvkeye.engine.backends import FP8_OPS, check_fp8, gpu_backends
+from kvkeye.engine.backends import FP8_REFERENCE, check_fp8, gpu_backends
 from kvkeye.engine.graphs import rerun
 from kvkeye.engine.memory import block_bytes
 from kvkeye.engine.warm_up import record_passes
@@ -24,14 +24,13 @@ from tests.engine.test_backends import CPU, GPU, chosen
 from tests.engine.test_bits import PROMPTS
 from tests.engine.tiny import engine, greedy, model, prompt, run
 
-REFERENCE = ";".join(f"{op}=eager" for op in FP8_OPS) + ";*=cpp"
 #: Of logits, in the L2 norm. An e4m3 value is off by at most 1 / 16 of itself; random weights pass that on.
 TOLERANCE = 0.1
 FEW = {name: PROMPTS[name] for name in ("short", "block", "long", "picture")}
 
 
 def served_by(dtype=torch.float32, drafter=None, **config):
-    values = {"backends": REFERENCE, "kv_cache_dtype": "fp8", "max_model_len": 320, "speculation": None} | config
+    values = {"backends": FP8_REFERENCE, "kv_cache_dtype": "fp8", "max_model_len": 320, "speculation": None} | config
     return engine("preview", dtype, drafter, **values)
 
 
@@ -106,7 +105,7 @@ def test_proposals_change_nothing(width, by_rows):
 
 def test_a_draft_head_changes_nothing(by_rows):
     """Its own keys and values stay plain, in the target's blocks."""
-    config = {"backends": REFERENCE, "kv_cache_dtype": "fp8", "max_model_len": 320}
+    config = {"backends": FP8_REFERENCE, "kv_cache_dtype": "fp8", "max_model_len": 320}
     served = drafted(random_head(), **config)
     assert served.speculation.drafter.k_cache.dtype == torch.float32
     check_lossless(served, FEW, plain_answers(served_by(), FEW))
@@ -152,7 +151,7 @@ def test_the_default_backends_of_a_cpu_refuse_with_a_way_out():
         Engine.from_config(EngineConfig("nowhere", kv_cache_dtype="fp8", device="cpu"))
     with pytest.raises(ConfigError, match="kv_cache_dtype: got 'int8'; expected one of auto, fp8"):
         EngineConfig("tiny", kv_cache_dtype="int8")
-    check_fp8(REFERENCE, CPU)
+    check_fp8(FP8_REFERENCE, CPU)
 
 
 @pytest.mark.parametrize(
