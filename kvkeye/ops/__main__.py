@@ -22,7 +22,7 @@ def support_rows() -> list[tuple[str, str, str, list[str]]]:
     backward = {op.backward.name for op in OPS.values() if op.backward is not None}
     return [
         (op.name, op.family, "b" if op.backward else "", [_cell(op, name) for name in NAMES])
-        for op in OPS.values()
+        for op in sorted(OPS.values(), key=lambda op: op.family)  # not in the order of imports
         if op.name not in backward
     ]
 
