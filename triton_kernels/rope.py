@@ -32,6 +32,26 @@ def _tile(num_heads: int, half: int) -> tuple[int, dict[str, int]]:
 
 
 @triton.jit
+def _turn_of(angle):
+    """cos and sin of any fp32 angle below 2^21, to 1e-7: the multiple of pi / 2 is taken off in two parts of fp64, the
+    rest goes to polynomials of Cephes. The library's functions may keep a table in local memory for their far range.
+    """
+    # Adding 1.5 * 2^52 leaves the nearest integer in the low bits.
+    shifted = tl.fma(angle.to(tl.float64), 0.6366197723675813, 6755399441055744.0)
+    quarter = shifted.to(tl.int64, bitcast=True)
+    quarters = shifted - 6755399441055744.0
+    rest = tl.fma(quarters, -1.5707963267948966, angle.to(tl.float64))
+    r = tl.fma(quarters, -6.123233995736766e-17, rest).to(tl.float32)
+    z = r * r
+    s = tl.fma(tl.fma(tl.fma(z, -1.9515295891e-4, 8.3321608736e-3), z, -1.6666654611e-1) * z, r, r)
+    c = tl.fma(tl.fma(z, 2.443315711809948e-5, -1.388731625493765e-3), z, 4.166664568298827e-2)
+    c = tl.fma(c, z * z, tl.fma(z, -0.5, 1.0))
+    swapped = (quarter & 1) != 0
+    cos, sin = tl.where(swapped, s, c), tl.where(swapped, c, s)
+    return tl.where(((quarter + 1) & 2) != 0, -cos, cos), tl.where((quarter & 2) != 0, -sin, sin)
+
+
+@triton.jit
 def _sectioned_angles(
     positions_ptr, frequencies_ptr, token, stride_axis, stride_token, lanes, S0, S1, HALF: tl.constexpr
 ):
@@ -39,7 +59,7 @@ def _sectioned_angles(
     axis = tl.where(lanes < S0, 0, tl.where(lanes < S0 + S1, 1, 2))
     position = tl.load(positions_ptr + axis * stride_axis + token * stride_token, lanes < HALF, other=0)
     angle = position.to(tl.float32) * tl.load(frequencies_ptr + lanes, lanes < HALF, other=0.0)
-    return tl.cos(angle), tl.sin(angle)
+    return _turn_of(angle)
 
 
 @triton.jit

@@ -175,6 +175,8 @@ def compiled(capability: int, parts: list[str]) -> Iterator[dict[str, Any]]:
             "shared_bytes": built.metadata.shared,
             "matrix": sorted({m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in ptx}),
             "async_copy_bytes": sorted({int(n, 16) for n in re.findall(r"cp\.async\.c.*?\], (0x[0-9a-f]+)", ptx)}),
+            "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
+            "narrow_loads": len(re.findall(r"ld\.global[\w.:]*\.[bu](?:8|16)\b", ptx)),
             **resources(built.asm["cubin"]),
         }  # fmt: skip
 

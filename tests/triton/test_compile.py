@@ -30,16 +30,6 @@ USES_MATRICES = re.compile(
 
 #: Another Triton than the environment's, where `make peers` has put it.
 OLDER = ROOT / ".peers" / "triton-3.6"
-#: What it spills, in bytes a thread, by target, kernel and tile; tiles were chosen with the environment's version.
-SPILLED_BY_OLDER = {
-    (80, "_varlen_attention_bwd_dkv_kernel", "D 72: 64 x 64, 8 warps, 2 stages"): 88,
-    (90, "_varlen_attention_bwd_dkv_kernel", "D 128, CAUSAL: 64 x 64, 8 warps, 2 stages"): 96,
-    (90, "_mrope_kernel", ""): 32,
-    (90, "_qk_norm_mrope_fwd_kernel", ""): 32,
-    (90, "_qk_norm_mrope_bwd_kernel", ""): 32,
-    (100, "_varlen_attention_bwd_dkv_kernel", "D 128, CAUSAL: 32 x 64, 8 warps, 2 stages"): 176,
-    (120, "_tile_attention_fwd_kernel", "D 128: 64 x 32, 8 warps, 2 stages"): 24,
-}
 
 
 @functools.cache
@@ -60,6 +50,14 @@ def compiled(capability: int, package: Path | None = None) -> list[dict[str, Any
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def check_copies(report: dict[str, Any]) -> None:
+    """A pipelined tile is copied past the registers, 4 bytes or more at a time; one of a single stage by 16."""
+    if report["shape"].endswith(" 1 stages"):
+        assert report["wide_loads"] and not report["narrow_loads"], report
+    else:
+        assert report["async_copy_bytes"] and min(report["async_copy_bytes"]) >= 4, report
 
 
 def test_every_kernel_is_among_them() -> None:
@@ -86,8 +84,7 @@ def test_tiles_are_copied_in_whole_vectors(capability: int) -> None:
     """D = 72 and K = 588 are not multiples of 16; copies of 2 bytes each would give that away."""
     for report in compiled(capability):
         if USES_MATRICES.fullmatch(report["kernel"]):
-            assert report["async_copy_bytes"], report
-            assert min(report["async_copy_bytes"]) >= 4, report
+            check_copies(report)
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -114,7 +111,7 @@ def test_the_table_of_resources_is_true(capability: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("capability", SHARED)
 def test_another_version_compiles_them_as_well(capability: int) -> None:
-    """Triton 3.6, which comes with torch 2.11: matrix instructions, shared memory within bounds, known spills alone."""
+    """Triton 3.6, which comes with torch 2.11: matrix instructions, shared memory within bounds, no spills."""
     if not OLDER.is_dir():
         pytest.skip(f"{OLDER.relative_to(ROOT)} is not there; `make peers` installs it")
     reports = compiled(capability, OLDER)
@@ -122,6 +119,7 @@ def test_another_version_compiles_them_as_well(capability: int) -> None:
     assert len(reports) == len(compiled(capability))
     for report in reports:
         assert report["shared_bytes"] <= SHARED[capability], report
-        assert report["local_bytes"] == SPILLED_BY_OLDER.get((capability, report["kernel"], report["shape"]), 0), report
+        assert report["local_bytes"] == 0, report
         if USES_MATRICES.fullmatch(report["kernel"]):
-            assert MATRIX[capability] in report["matrix"] and min(report["async_copy_bytes"]) >= 4, report
+            assert MATRIX[capability] in report["matrix"], report
+            check_copies(report)
