@@ -18,6 +18,7 @@ from kvkeye import ops
 Call = Callable[[], Any]
 #: Largest difference from a peer, as a share of the largest output: both round weights and outputs to bf16.
 TOLERANCE = 2**-6
+EAGER_BYTES = 4 << 30  # of scores that the reference may store
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,20 @@ def flashinfer(shape: Shape, arguments: tuple[Any, ...]) -> Call:
     return lambda: wrapper.run(q, (k, v))
 
 
+def eager(shape: Shape, arguments: tuple[Any, ...]) -> Call:
+    scores = 4 * shape.q_heads * max(shape.lengths) * (1 if shape.paged else max(shape.lengths))
+    if scores > EAGER_BYTES:
+        raise ValueError(f"the scores of a sequence take {scores / 2**30:.0f} GiB")
+    return own(shape, arguments, "eager")
+
+
 PEERS: dict[str, Callable[[Shape, tuple[Any, ...]], Call]] = {
     "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": flex,
     "varlen_attn": varlen,
     "FlashInfer": flashinfer,
+    "eager": eager,
 }
 
 
@@ -229,7 +238,7 @@ def attention_row(
     if shape.fp8:
         mine, plain = in_fp8(plain)
     call = own(shape, mine, implementation)
-    rehearsed = {"SDPA math": sdpa(SDPBackend.MATH), "FlexAttention": flex, "FlashInfer": flashinfer}
+    rehearsed = {"SDPA math": sdpa(SDPBackend.MATH), "FlexAttention": flex, "FlashInfer": flashinfer, "eager": eager}
     known = PEERS if device.type == "cuda" else rehearsed
     if shape.fp8:
         known = known | {"the same kernel over bf16": lambda _, arguments: own(shape, arguments, implementation)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvkeye import ops
+from kvkeye.engine.graphs import CudaRecorder, Recorder, rerun
 from kvkeye.testing.case import Case, Sample, good
 from kvkeye.testing.compare import (
     as_tuple,
@@ -23,6 +24,7 @@ from kvkeye.testing.compare import (
     reference_outputs,
     widen,
 )
+from kvkeye.testing.gradients import autograd_truth, gradient_arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Ops of a decode step that a graph captures.
@@ -32,6 +34,10 @@ CAPTURED = (
 )  # fmt: skip
 
 Check = Callable[[], str]
+
+
+def recorder(device: torch.device) -> Recorder:
+    return CudaRecorder(device) if device.type == "cuda" else rerun
 
 
 def outputs_of(op: ops.Op, arguments: tuple[Any, ...], implementation: str) -> tuple[Any, ...]:
@@ -58,24 +64,38 @@ def agrees(op: ops.Op, case: Case, implementation: str) -> str:
     return "pass"
 
 
-def replays(op: ops.Op, case: Case, implementation: str) -> str:
-    """A captured graph gives the bits of the plain call, each of three times, on changed inputs too."""
+def gradients_agree(op: ops.Op, case: Case, implementation: str) -> str:
+    """The backward op of `op` against the gradient of its body in float64, and against itself."""
+    backward = op.backward
+    assert backward is not None
+    arguments = gradient_arguments(op, case, seed=1)
+    if refusals := list(backward.implementations[implementation].reasons(_tensors(arguments), arguments)):
+        return f"refuse: {'; '.join(refusals)}"
+    truth = autograd_truth(op, case, arguments)
+    naive = as_tuple(backward.reference(*copied(arguments)))
+    first = outputs_of(backward, copied(arguments), implementation)
+    again = outputs_of(backward, copied(arguments), implementation)
+    for name, out, repeated, yard, exact in zip(op.gradients, first, again, naive, truth, strict=True):
+        if exact is not None:
+            assert_close(out, yard, exact, f"{op.name} {case.id}, gradient of {name}")
+            assert _same(out, repeated), f"{op.name} {case.id}, gradient of {name}: a second run gave other bits"
+    return "pass"
+
+
+def replays(op: ops.Op, case: Case, implementation: str, device: torch.device) -> str:
+    """A recorded call gives the bits of the plain one, each of three times, on changed inputs too."""
     if (found := agrees(op, case, implementation)) != "pass":
         return found
     arguments = copied(case.args)
-    outputs_of(op, copied(case.args), implementation)  # what is made once is made before the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = outputs_of(op, arguments, implementation)
+    recorded: list[tuple[Any, ...]] = []
+    replay = recorder(device)(lambda: recorded.append(outputs_of(op, arguments, implementation)))
     for factor in (1.0, 0.5, 1.0):
         inputs = mapped(lambda t, f=factor: (t.float() * f).to(t.dtype) if is_scaled(t) else t.clone(), case.args)
         for target, source in zip(_tensors(arguments), _tensors(inputs), strict=True):
             target.copy_(source)
-        graph.replay()
-        torch.cuda.synchronize()
-        for out, plain in zip(captured, outputs_of(op, inputs, implementation), strict=True):
-            assert _same(out, plain), f"{op.name} {case.id}: the replayed graph gave other bits than the plain call"
+        replay()
+        for out, plain in zip(recorded[-1], outputs_of(op, inputs, implementation), strict=True):
+            assert _same(out, plain), f"{op.name} {case.id}: the replay gave other bits than the plain call"
     return "pass"
 
 
@@ -113,29 +133,25 @@ def rows_keep_their_bits(implementation: str, device: str, fp8: bool = False) ->
 
 
 def conformance(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:
-    """(key, check) of every row of the case table."""
+    """(key, check) of every row of the case table, those of backward ops by the cases of their forward."""
+    forward_of = {op.backward.name: op for op in ops.OPS.values() if op.backward is not None}
     for op in ops.OPS.values():
-        for implementation in implementations:
-            if implementation not in op.implementations:
-                continue
+        source, check = (forward_of[op.name], gradients_agree) if op.name in forward_of else (op, agrees)
+        for implementation in (name for name in implementations if name in op.implementations):
             for name, dtype in DTYPES.items():
                 if dtype in op.implementations[implementation].dtypes:
-                    for case in good(op.name, Sample(dtype, device)):
+                    for case in good(source.name, Sample(dtype, device)):
                         key = f"conformance/{op.name}/{implementation}/{name}/{case.id}"
-                        yield key, lambda o=op, c=case, i=implementation: agrees(o, c, i)
+                        yield key, partial(check, source, case, implementation)
 
 
-def graphs(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:
+def graphs(implementations: tuple[str, ...], device: torch.device) -> Iterator[tuple[str, Check]]:
     for name in CAPTURED:
         op = ops.OPS[name]
-        for implementation in implementations:
-            if implementation in op.implementations:
-                cases = good(name, Sample(torch.bfloat16, device))
-                for case in [*cases[:6], *(case for case in cases[6:] if case.id.startswith("fp8"))]:
-                    yield (
-                        f"graph/{name}/{implementation}/{case.id}",
-                        lambda o=op, c=case, i=implementation: replays(o, c, i),
-                    )
+        for implementation in (known for known in implementations if known in op.implementations):
+            cases = good(name, Sample(torch.bfloat16, device.type))
+            for case in [*cases[:6], *(case for case in cases[6:] if case.id.startswith("fp8"))]:
+                yield f"graphs/{name}/{implementation}/{case.id}", partial(replays, op, case, implementation, device)
 
 
 def bits(implementations: tuple[str, ...], device: str) -> Iterator[tuple[str, Check]]:

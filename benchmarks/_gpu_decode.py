@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from _engine_checkpoint import GEOMETRIES
+from _gpu_checks import recorder
+from _gpu_timing import Times
 from torch import Tensor
 
 from kvkeye.engine.backends import FP8_REFERENCE, SERVING_OPS, gpu_backends, gpu_choice
 from kvkeye.engine.batch import ForwardBatch, TokenInputs
 from kvkeye.engine.decode_graphs import padded
-from kvkeye.engine.graphs import CudaRecorder, Recorder, rerun
 from kvkeye.engine.memory import block_bytes
 from kvkeye.engine.runner import Runner
 from kvkeye.engine.staging import to_device
@@ -29,7 +30,6 @@ from kvkeye.models.keye.config import KeyeConfig
 from kvkeye.models.keye.model import KeyeModel
 
 BLOCK = 32
-Times = Callable[[list[Callable[[], Any]], int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,6 @@ def serving_orders(device: torch.device, dtype: torch.dtype, fp8: bool = False) 
             choices = [gpu_choice(op, dtype, way == "invariant") for op in SERVING_OPS if op != "verify_draft"]
             orders[way] = gpu_backends(choices, device, way == "invariant")
     return orders
-
-
-def recorder(device: torch.device) -> Recorder:
-    return CudaRecorder(device) if device.type == "cuda" else rerun
 
 
 def inputs_of(step: Step) -> TokenInputs:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from _engine_checkpoint import GEOMETRIES
-from _gpu_decode import Times, random_model, recorder, serving_orders
+from _gpu_checks import recorder
+from _gpu_decode import random_model, serving_orders
+from _gpu_timing import Times
 from _vision_geometry import SIGLIP, TINY, num_flops
 from torch import Tensor
 

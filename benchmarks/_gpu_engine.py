@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from kvkeye.engine.graphs import rerun
 from kvkeye.engine.warm_up import record_passes
 
 NUM_TOKENS = 24
+#: What requests with media need beside PyTorch.
+PACKAGES = ("av", "blake3", "jinja2", "PIL", "safetensors", "tokenizers")
 HEAD = {"method": "eagle3", "model": "tiny-keye-eagle3", "num_speculative_tokens": 7, "adaptive": False}
 Check = Callable[[], str]
 Answers = dict[str, Tensor]  # logits [NUM_TOKENS, V] fp32 on the CPU, by question
@@ -169,8 +172,22 @@ def waits_per_step(device: str, dtype: str, head: bool = False) -> str:
     return "pass"
 
 
+def _complete(check: Check) -> str:
+    """The check, or what it lacks: the other steps do without."""
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    assert not absent, (
+        f"the engine needs the packages {', '.join(absent)}: install them, or carry their wheels along, unpacked, on "
+        "PYTHONPATH"
+    )
+    return check()
+
+
 def engine_checks(device: str) -> Iterator[tuple[str, Check]]:
     """(key, check) of every row."""
+    return ((key, partial(_complete, check)) for key, check in _checks(device))
+
+
+def _checks(device: str) -> Iterator[tuple[str, Check]]:
     for dtype in ("float32", "bfloat16"):
         yield f"engine/parity/{dtype}", partial(parity, device, dtype)
     for check in (

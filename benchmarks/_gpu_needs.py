@@ -13,9 +13,11 @@ REASONS = {
     "engine": "rehearsed on the CPU; waits, pinned copies and graphs of whole steps are the driver's",
     "sanitizer": "compute-sanitizer instruments machine code",
     "decode": "rehearsed on a tiny geometry; its time is the GPU's",
+    "prompt": "rehearsed on a tiny geometry; its time is the GPU's",
     "encode": "rehearsed on a tiny tower; its time is the GPU's",
     "attention": "rehearsed on tiny shapes beside SDPA and FlexAttention; flash, cuDNN, varlen_attn and FlashInfer "
     "have no CPU code",
+    "video": "rehearsed on tiny shapes; its time is the GPU's",
     "timing": "a time on a CPU says nothing about a GPU",
 }
 

@@ -28,8 +28,8 @@ def _run(tool: str) -> str:
         rows = Path(folder) / "rows.jsonl"
         checks = ["--steps", "conformance", "--only", "/cuda/bf16/", "--seconds", str(SECONDS), "--json", str(rows)]
         command = [program, "--tool", tool, "--error-exitcode", "99", sys.executable]
-        command += [str(Path(__file__).parent / "gpu.py"), *checks]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * SECONDS)
+        command += [str(Path(__file__).parent / "gpu.py"), "--worker", *checks]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SECONDS)
         count = len(rows.read_text().splitlines()) if rows.exists() else 0
     assert done.returncode in (0, 4), f"{tool}: exit code {done.returncode}; {(done.stdout + done.stderr)[-1500:]}"
     assert count, f"{tool}: no row was reached in {SECONDS} s"

@@ -33,6 +33,7 @@ from kvkeye.testing.compare import (
     reference_outputs,
     widen,
 )
+from kvkeye.testing.gradients import autograd_truth, gradient_arguments
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,15 +158,6 @@ def test_values(op: Op, implementation: str, dtype: str, request: pytest.Fixture
     finish(request, op, implementation, accepted)
 
 
-def gradient_arguments(op: Op, case: Case, seed: int) -> tuple[Any, ...]:
-    """Arguments of the backward op for one forward case: upstream gradients, saved inputs, saved outputs."""
-    outputs = as_tuple(op.reference(*case.args))
-    generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype).to(o.device) for o in outputs]
-    by_name = dict(zip(op.parameters, case.args)) | {f"out_{i}": o.contiguous() for i, o in enumerate(outputs)}
-    return (*grads, *[by_name[name] for name in op.saved])
-
-
 @pytest.mark.parametrize(("op", "implementation", "dtype"), list(backward_cells()))
 def test_backward_values(op: Op, implementation: str, dtype: str, request: pytest.FixtureRequest) -> None:
     """Each backward op against the gradient of the forward's body in float64."""
@@ -192,24 +184,6 @@ def test_backward_values(op: Op, implementation: str, dtype: str, request: pytes
 
     accepted = run_rows(op, "eager", dtype, body, only_small=True)
     finish(request, backward, implementation, accepted)
-
-
-def autograd_truth(op: Op, case: Case, backward_args: tuple[Any, ...]) -> list[Tensor | None]:
-    args = list(widen(case.args))
-    places = [op.parameters.index(name) for name in op.gradients if args[op.parameters.index(name)] is not None]
-    for place in places:
-        args[place].requires_grad_()
-    outputs = as_tuple(op.reference(*args))
-    grads = [g.double() for g in backward_args[: len(outputs)]]
-    kept = [(o, g) for o, g in zip(outputs, grads) if o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in kept], [args[p] for p in places], [g for _, g in kept], allow_unused=True
-    )
-    by_place = dict(zip(places, found))
-    return [
-        None if args[p] is None else (torch.zeros_like(args[p]) if by_place[p] is None else by_place[p])
-        for p in (op.parameters.index(name) for name in op.gradients)
-    ]
 
 
 SMALLEST = {

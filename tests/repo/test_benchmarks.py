@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from kvkeye import ops
 
@@ -78,65 +77,6 @@ def test_the_speculation_benchmark_compares_equal_answers(tmp_path):
     )
     assert output.count("128 of 128 tokens equal") == 2
     assert len(rows.read_text().splitlines()) == 6
-
-
-def test_the_gpu_benchmark_says_where_there_is_no_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--json", str(tmp_path / "rows.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 3 and "no GPU is visible to torch" in done.stderr and done.stdout == ""
-    assert not (tmp_path / "rows.jsonl").exists()
-
-
-@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
-def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
-    """Its checks, rehearsed on the CPU: a row that passed is not run again, one that failed is."""
-    rows = tmp_path / "rows.jsonl"
-    options = ("--rehearse", "--steps", "conformance", "--json", str(rows))
-    assert " pass" in run("gpu.py", *options)
-    lines = rows.read_text().splitlines()
-    first = json.loads(lines[0])
-    rows.write_text("\n".join([*lines[1:], json.dumps(first | {"status": "fail: planted"})]) + "\n")
-    assert "fail" not in run("gpu.py", *options)
-    written = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert len(written) == len(lines) + 1 and written[-1] == first and first["status"] == "pass"
-
-
-@pytest.mark.skipif("cpp" not in ops.OPS["packed_linear"].implementations, reason="the C++ kernels are not built")
-def test_the_gpu_benchmark_rehearses_the_engine(tmp_path):
-    """tiny-keye, steps and encoder passes of a small geometry, tiny attention beside peers, on the CPU's kernels."""
-    rows = tmp_path / "rows.jsonl"
-    output = run("gpu.py", "--rehearse", "--steps", "engine", "decode", "encode", "attention", "--json", str(rows))
-    found = {row["key"]: row for row in map(json.loads, rows.read_text().splitlines())}
-    verdicts = {key: row["status"].partition(":")[0] for key, row in found.items()}
-    names = ("waits_per_step", "waits_with_head", "fp8_alone_equals_together")
-    refused = [verdicts.pop(f"engine/{name}") for name in names]
-    assert refused == ["refuse"] * 3 and len(verdicts) == 15, output
-    assert set(verdicts.values()) == {"pass"}, output
-    steps = ("1x64", "2x64/head 3", "2x64/fp8")
-    for key in (*(f"decode/tiny/{step}" for step in steps), "encode/tiny/1x256", "encode/tiny/4x64"):
-        assert len(found[key]["sides_ms"]) == 4
-    for key in (key for key in found if key.startswith("attention/")):
-        assert {"SDPA math", "FlexAttention"} <= set(found[key]["peers_ms"]), found[key]["left_out"]
-
-
-def test_the_gpu_benchmark_says_what_needs_a_gpu():
-    found = run("gpu.py", "--needs")
-    assert "compute-sanitizer instruments machine code" in found and "ops with triton: " in found
-
-
-def test_a_peer_that_is_wrong_is_left_out(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from _gpu_attention import TINY, arguments_of, own, sdpa, usable
-    from torch.nn.attention import SDPBackend
-
-    shape = TINY[0]
-    arguments = arguments_of(shape, torch.device("cpu"))
-    right = sdpa(SDPBackend.MATH)
-    peers = {"right": right, "wrong": lambda s, a: lambda: 2 * right(s, a)(), "cannot": lambda s, a: 1 / 0}
-    found, missing = usable(peers, shape, arguments, own(shape, arguments, "eager")())
-    assert set(found) == {"right"} and "differs by 0.5" in missing["wrong"] and "ZeroDivision" in missing["cannot"]
 
 
 @pytest.mark.skipif(not (ROOT / "kvkeye/assets/tiny-t2v").is_dir(), reason="no bundled video pipelines yet")
