@@ -70,7 +70,7 @@ __device__ inline int64_t draw_from_candidates(CutMemory& memory, const Settings
   while (slots < size)
     slots *= 2;
   block_sort<true>(candidates, slots);
-  const int count = __syncthreads_count(kept);
+  const int count = __syncthreads_count(kept); // redundant: wanted for its value; block_sort has waited
   const Scanned masses = block_scan(memory.scratch, i < count ? candidates.probability[i] : 0.0);
   const int chosen = first_thread(memory.scratch, i < count && masses.upto > given.u * masses.all);
   return candidates.id[min(chosen, count - 1)];
@@ -154,7 +154,7 @@ template <class T> __device__ int64_t without_draw(Row<T>& row, BlockScratch& sc
     broken = broken || value != value;
     best = better(best, {value, i});
   });
-  const bool any_broken = __syncthreads_or(broken) != 0;
+  const bool any_broken = __syncthreads_or(broken) != 0; // redundant: wanted for its value; block_best waits
   best = block_best(scratch, best);
   const float temperature = row.p.temperature[row.place.request];
   if (any_broken || !(fabs(best.value) < INFINITY) || temperature != temperature)

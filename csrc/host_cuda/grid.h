@@ -55,7 +55,8 @@ bool left_out(const char* place);
 void* shared_memory(size_t bytes);
 int lane();
 
-// Waits for all threads of the block; returns the sum of their values.
+// Waits for all threads of the block; returns the sum of their values. One that is left out still waits, but
+// orders no memory.
 int barrier(const char* what, int value, Line here);
 
 // Waits for the lanes of the mask; returns the 32 values, valid until the thread waits again.

@@ -36,7 +36,7 @@ def all_checks() -> list[Check]:
     checks = [python(), *packages()]
     groups: list[Callable[[], list[Check]]] = [environment]
     if checks[1].status != FAIL:  # torch
-        groups = [processor, libraries, kernels, host, triton, gpus, gpu_ops, environment]
+        groups = [processor, libraries, kernels, host, triton, gpus, gpu_ops, fp8_caches, environment]
     for group in groups:
         try:
             checks += group()
@@ -182,7 +182,7 @@ def gpu_ops() -> list[Check]:
     """
     import torch
 
-    from kvkeye.engine.backends import SERVING_OPS, gpu_choice
+    from kvkeye.engine.backends import COMPOSED, SERVING_OPS, gpu_choice
     from kvkeye.engine.machine import default_dtype
     from kvkeye.ops import Implementation
 
@@ -201,7 +201,30 @@ def gpu_ops() -> list[Check]:
         advice = "The engine runs the slow reference for it: install what is missing." if status == WARN else ""
         would = "" if seen else "would run "
         checks.append(Check(f"GPU {op}", status, would + free.implementation + why, advice))
-    return checks
+    would = "" if seen else "would run "
+    return checks + [Check(f"GPU {op}", PASS, f"{would}eager ({what})") for op, what in COMPOSED.items()]
+
+
+def fp8_caches() -> list[Check]:
+    """What keys and values in FP8 run on in an engine on a GPU, or why it refuses them."""
+    import torch
+
+    from kvkeye import ops
+    from kvkeye.engine.backends import FP8_OPS, gpu_choice
+    from kvkeye.ops import Implementation
+
+    seen = torch.cuda.is_available()
+    runs, refused = [], []
+    for op in FP8_OPS:
+        choice = gpu_choice(op, torch.bfloat16, False, Implementation.absent if seen else lambda _: None)
+        found = ops.OPS[op].implementations.get(choice.implementation)
+        if found is None or torch.float8_e4m3fn in found.storage:
+            runs.append(f"{op} {choice.implementation}")
+        else:
+            why = f"{op} runs on {choice.implementation}, which does not take them ({'; '.join(choice.passed)})"
+            refused.append(why)
+    value = "; ".join(refused) if refused else f"in bfloat16: {', '.join(runs)}"
+    return [Check("GPU FP8 caches", PASS, f"{'' if seen else 'would be '}{'refused: ' if refused else ''}{value}")]
 
 
 def environment() -> list[Check]:

@@ -38,6 +38,10 @@ SERVING_OPS = (
     "varlen_attention",
     "verify_draft",
 )
+#: Ops that run their body on a GPU: other ops in a row, each on its kernel, and PyTorch for what lies between.
+COMPOSED = {
+    "draft_tree": "for a draft head: the ops above in a row, and PyTorch for probabilities and the best of them"
+}
 #: What reads or writes the keys and values of every token.
 FP8_OPS = ("paged_attention", "qk_norm_mrope_append")
 #: What takes FP8 caches on a CPU: the reference of these, to try them rather than to serve.
@@ -107,6 +111,8 @@ def _backends(config: EngineConfig, device: torch.device) -> str:
     if device.type != "cpu":
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
         names = [op for op in SERVING_OPS if op != "verify_draft" or isinstance(config.speculation, SpeculationConfig)]
+        if isinstance(config.speculation, SpeculationConfig) and config.speculation.method == "eagle3":
+            _tell_of_head(config.speculation, device)
         return gpu_backends([gpu_choice(op, dtype, invariant) for op in names], device, invariant)
     return _cpu_backends() if invariant else ""
 
@@ -139,6 +145,17 @@ def gpu_backends(choices: Iterable[Choice], device: torch.device, invariant: boo
         )
     logger.info("ops on %s: %s", device, ", ".join(f"{choice.op} {choice.implementation}" for choice in choices))
     return ";".join(f"{choice.op}={choice.implementation}" for choice in choices)
+
+
+def _tell_of_head(speculation: SpeculationConfig, device: torch.device) -> None:
+    logger.info("ops on %s: draft_tree eager, %s", device, COMPOSED["draft_tree"])
+    if speculation.tree_width > 1:
+        logger.warning(
+            "on %s a draft head makes trees (tree_width=%d) answer by answer and reads from the device at every level, "
+            "which is slow; tree_width=1 makes the chains of all answers side by side.",
+            device,
+            speculation.tree_width,
+        )
 
 
 def _cpu_backends() -> str:

@@ -44,6 +44,7 @@ def test_what_a_gpu_would_run_is_listed_op_by_op(doctor):
     assert {first[op] for op in ("copy_blocks", "paged_attention", "qk_norm_mrope_append", "sample")} == {"cuda"}
     assert first["rms_norm"] == "triton" and "cuda: not written" in chosen["rms_norm"]
     assert chosen["packed_linear"].startswith("cuda; triton if invariant (cuda: cuBLAS chooses")
+    assert found["GPU draft_tree"]["value"].removeprefix("would run ").startswith("eager (for a draft head: the ops")
     kernels = {op for op in SERVING_OPS if {"cuda", "triton"} & set(ops.OPS[op].implementations)}
     assert {op for op, name in first.items() if name == "eager"} == set(SERVING_OPS) - kernels
 
@@ -55,6 +56,20 @@ def test_an_op_that_falls_to_its_reference_on_a_gpu_is_a_warning(monkeypatch):
     assert found["GPU sample"].status == "WARN"
     assert found["GPU sample"].value == "eager (cuda: it was not built; triton: not written)"
     assert found["GPU copy_blocks"] == checks.Check("GPU copy_blocks", "PASS", "cuda")
+
+
+def test_fp8_caches_are_named_with_their_kernels_or_refused(monkeypatch):
+    kernels = "paged_attention cuda, qk_norm_mrope_append cuda"
+    [found] = checks.fp8_caches()
+    if not torch.cuda.is_available():
+        assert found == checks.Check("GPU FP8 caches", "PASS", f"would be in bfloat16: {kernels}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(_library, "native_reason", lambda name, op: None)
+    monkeypatch.setattr(_library, "triton_reason", lambda: None)
+    assert checks.fp8_caches()[0].value == f"in bfloat16: {kernels}"
+    monkeypatch.setattr(_library, "native_reason", lambda name, op: "it was not built")
+    sentence = "refused: paged_attention runs on triton, which does not take them (cuda: it was not built)"
+    assert checks.fp8_caches()[0].value == sentence
 
 
 def test_text_ends_with_the_verdict(call):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kvkeye import ops
 from kvkeye.engine import EngineConfig, SpeculationConfig
-from kvkeye.engine.backends import SERVING_OPS, VARIANT, gpu_backends, gpu_choice, is_invariant
+from kvkeye.engine.backends import SERVING_OPS, VARIANT, gpu_backends, gpu_choice, is_invariant, serving_backends
 from kvkeye.errors import UnsupportedError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -66,6 +68,15 @@ def test_a_call_that_its_kernel_refuses_is_an_error_and_no_reference():
             torch.ones(1, 1, 128), torch.ones(1, 1, 128), torch.zeros(1, 1, 32, 128), torch.zeros(1, 1, 32, 128),
             torch.zeros(1, dtype=torch.int64),
         )  # fmt: skip
+
+
+def test_a_draft_head_on_a_gpu_says_that_it_runs_other_ops_and_that_trees_are_slow(caplog):
+    caplog.set_level("INFO", logger="kvkeye.engine")
+    head = SpeculationConfig("eagle3", "head")
+    serving_backends(EngineConfig("tiny", speculation=head), GPU)
+    assert "draft_tree eager" in caplog.text and "tree_width" not in caplog.text
+    serving_backends(EngineConfig("tiny", speculation=replace(head, tree_width=2)), GPU)
+    assert "tree_width=2" in caplog.text
 
 
 def test_invariance_is_the_default_where_it_is_free_or_asked_for():

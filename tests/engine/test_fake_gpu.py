@@ -9,15 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvkeye.engine import Engine, EngineConfig
+from kvkeye.engine import Engine, EngineConfig, SamplingParams
 from kvkeye.engine import engine as engine_module
 from kvkeye.engine import warm_up as warm_up_module
+from kvkeye.engine.backends import COMPOSED, SERVING_OPS
 from kvkeye.engine.draft_head import HeadDrafter
 from kvkeye.engine.graphs import rerun
 from kvkeye.models.draft.config import HeadConfig
 from kvkeye.models.draft.head import DraftHead
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.parsing import OutputParser
+from kvkeye.ops import Op
 from kvkeye.testing.tiny import tiny_keye_config
 from tests.engine.scripted import ScriptedDrafter
 from tests.engine.tiny import Processor, greedy, picture, prompt
@@ -103,6 +105,33 @@ def test_a_draft_head_reads_once_more(gpu, enforce_eager):
     found = steps(served, prompt(0, 30), prompt(2, 40, picture(1, (1, 6, 10))), answer=one_drawn)
     assert served.stats().speculation.num_drafts > 4
     assert {len(reads) for _, reads in found} == {0, 1, 2, 3} and max(rows for rows, _ in found) == 2
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The names of the ops that have been called on the GPU, but for those that the body of such an op calls."""
+    names, plain, depth = set(), Op.__call__, []
+
+    def call(op, *args):
+        if not depth and any(isinstance(each, torch.Tensor) and each.is_cuda for each in args):
+            names.add(op.name)
+        depth.append(op)
+        try:
+            return plain(op, *args)
+        finally:
+            depth.pop()
+
+    monkeypatch.setattr(Op, "__call__", call)
+    return names
+
+
+def test_every_op_of_a_request_is_one_that_the_engine_has_chosen_a_kernel_for(gpu, called):
+    """So that none is left to a default order that ends at the reference."""
+    served = served_by("1.5", drafter=head_on_gpu(), speculation=PROPOSING, max_prefill_chunk=19, invariant=True)
+    pictures = picture(1, (1, 6, 10)), picture(2, (1, 4, 4), (1, 4, 4), kind="video")
+    served.add("forked", prompt(3, 20), SamplingParams(n=2, max_tokens=6, seed=1, ignore_eos=True))
+    steps(served, prompt(0, 30), prompt(1, 5), prompt(2, 40, *pictures), answer=one_drawn)
+    assert called == {*SERVING_OPS, *COMPOSED}
 
 
 def head_on_gpu():

@@ -38,9 +38,11 @@ SANITIZE = ["-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover
 HOST_DEFINES = {"KVKEYE_UCONTEXT"}
 FLAVOURS = {"asan": (SANITIZE, []), "races": (["-DKVKEYE_RACES"], ["-fsanitize=thread"])}
 # Statements that make a thread wait, or others see what it did.
-WAITS = re.compile(
+STATEMENTS = re.compile(
     r"^\s*((?:__syncthreads|__syncwarp|__threadfence|commit_copies|wait_copies<\d+>|wait)\(\);)", re.MULTILINE
 )
+# Barriers with a value: left out by the harness itself, they give it and order nothing.
+VALUES = re.compile(r"(__syncthreads_(?:count|or|and)\()")
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Plant:
 
 
 def waits(path: Path) -> list[str]:
-    """The waiting statements of a source file by name, "file:line", in order."""
+    """The waits of a source file by name, "file:line", in order."""
     text = path.read_text()
-    return [f"{path.name}:{text.count(chr(10), 0, m.start(1)) + 1}" for m in WAITS.finditer(text)]
+    found = [m.start(1) for pattern in (STATEMENTS, VALUES) for m in pattern.finditer(text)]
+    return [f"{path.name}:{text.count(chr(10), 0, place) + 1}" for place in sorted(found)]
 
 
 def is_redundant(wait: str) -> bool:
@@ -100,6 +103,8 @@ def _with_switches(folder: Path, plants: Sequence[Plant]) -> Path:
         lines = path.read_text().splitlines()
         for wait in waits(path):
             line = int(wait.partition(":")[2]) - 1
+            if VALUES.search(lines[line]):
+                continue
             statement = lines[line].partition(";")[0].strip() + ";"
             asked = f'kvkeye::host_cuda::left_out("{wait}") ? (void)0 : {statement}'
             lines[line] = lines[line].replace(statement, asked)

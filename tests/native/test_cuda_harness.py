@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -181,6 +185,42 @@ def test_a_removed_wait_is_caught(define: str, name: str, cuda_builds: Path, tmp
     for seed in (1, 2, 3):
         [found] = harness.run(asan, seed, [demo(name, x)], tmp_path / f"result{seed}")
         assert found["out"].eq(-1).any(), "a thread ran ahead and read poison"
+
+
+def test_a_barrier_with_a_value_that_is_left_out_orders_nothing(races: Path, tmp_path: Path) -> None:
+    """It gives its value all the same: what is seen is the missing order."""
+    lines = DEMO.read_text().splitlines()
+    [wait] = [w for w in harness.waits(DEMO) if lines[int(w.partition(":")[2]) - 1].endswith("// reversed")]
+    call = demo("counted_reverse", words(THREADS))
+    [found] = harness.run(races, 1, [call], tmp_path / "whole")
+    assert torch.equal(found["out"], THREADS // 2 * words(THREADS).flip(0))
+    result = harness.execute(races, 1, [call], tmp_path / "without", wait)
+    assert "data race in shared memory" in result.stderr
+
+
+# Whatever makes a thread wait, or others see what it did; not its definition.
+WAITING = re.compile(
+    r"^(?!.*__device__).*(?:__(?:syncthreads|syncwarp|threadfence)\w*|(?:commit|wait)_copies|\bwait)\b.*\("
+)
+
+
+def left_out_by_tests() -> Iterator[str]:
+    """The waits that the tests of all kernels are asked to leave out."""
+    for path in Path(__file__).parent.glob("test_cuda_*.py"):
+        for function in vars(importlib.import_module(f"tests.native.{path.stem}")).values():
+            for mark in getattr(function, "pytestmark", []) if inspect.isfunction(function) else []:
+                if mark.name == "parametrize" and mark.args[0] == "wait":
+                    yield from mark.args[1]
+
+
+def test_some_test_leaves_out_every_wait_of_every_kernel() -> None:
+    tested = set(left_out_by_tests())
+    for path in sorted(harness.CUDA.iterdir()):
+        if path.suffix in (".cu", ".h") and path.name != "ptx.h":
+            code = [line.partition("//")[0] for line in path.read_text().splitlines()]
+            places = {f"{path.name}:{n}" for n, line in enumerate(code, 1) if WAITING.match(line)}
+            assert places == set(harness.waits(path)), "the harness knows the statement"
+            assert places <= tested, f"no test leaves out {sorted(places - tested)}"
 
 
 def test_two_hundred_blocks_of_256_threads(asan: Path, tmp_path: Path) -> None:

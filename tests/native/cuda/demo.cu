@@ -24,6 +24,15 @@ __global__ void __launch_bounds__(kThreads) reverse_kernel(const int* in, int* o
   out[first + i] = line.words[kThreads - 1 - i];
 }
 
+// As reverse, by a barrier with a value.
+__global__ void counted_reverse_kernel(const int* in, int* out) {
+  Line& line = shared_memory<Line>();
+  const int i = (int)threadIdx.x;
+  line.words[i] = in[i];
+  const int odd = __syncthreads_count(in[i] & 1); // reversed
+  out[i] = odd * line.words[kThreads - 1 - i];
+}
+
 // Each thread hands its word to the next lane through shared memory: a warp is enough to wait for.
 __global__ void rotate_kernel(const int* in, int* out) {
   Line& line = shared_memory<Line>();
@@ -206,6 +215,7 @@ template <auto Kernel> int start(kvkeye::host_cuda::Case& c) {
 
 #define DEMO(name) const kvkeye::host_cuda::Register name##_demo(#name, &start<name##_kernel>);
 DEMO(reverse)
+DEMO(counted_reverse)
 DEMO(rotate)
 DEMO(warp)
 DEMO(count)
