@@ -123,7 +123,9 @@ template <class T, class Work, class Product> struct ManyRows : LaneRows<Work, k
         if (start >= loaded) {
           bring(start - begin, start, columns, rows);
           loaded = start + kTile;
-          ahead.left = 2 * locate_ahead(work, loaded, last, rows);
+          const int next = locate_ahead(work, loaded, last, rows, rows + kTile);
+          std::memmove(rows + next, rows + kTile, next * sizeof *rows);
+          ahead.left = 2 * next;
           ahead.step = ahead.left / (int)((columns + dim) / kSteps + 1) + 1;
         }
         if (this->vectors(group) == 3)

@@ -33,7 +33,7 @@ template <class T> struct PackedRows {
     }
   }
 
-  int locate_next(const T**) const { return 0; } // threads take turns
+  int locate_next(const T**, const T**) const { return 0; } // threads take turns
 
   void target(int r, T*& o, float*& lse) const {
     const int64_t row = token(r) * p.num_q_heads + head(r);

@@ -46,24 +46,33 @@ template <class T> struct PagedRows {
 
   int64_t seen(int r) const { return seen_by(token(r)); }
 
+  // Neighbours of a block at once; along a branch each by itself.
   void locate(int64_t start, int columns, const T** keys, const T** values) const {
-    for (int j = 0; j < columns; ++j) {
-      const int64_t along = start + j - (context - fresh);
-      const int64_t position = tree && along >= 0 ? context - fresh + branch[along] : start + j;
+    const int64_t old = context - fresh;
+    for (int j = 0; j < columns;) {
+      const int64_t along = start + j - old;
+      const bool branched = tree && along >= 0;
+      const int64_t position = branched ? old + branch[along] : start + j;
       const int64_t block = blocks[position / p.block_size], slot = position % p.block_size;
-      keys[j] = p.k_cache + block * p.k_strides.block + kv_head * p.k_strides.head + slot * p.k_strides.slot;
-      values[j] =
-          p.v_cache + block * p.v_strides.block + kv_head * p.v_strides.head + slot * p.v_strides.slot;
+      const T* key = p.k_cache + block * p.k_strides.block + kv_head * p.k_strides.head;
+      const T* value = p.v_cache + block * p.v_strides.block + kv_head * p.v_strides.head;
+      const int64_t left = tree && !branched && -along < columns - j ? -along : columns - j;
+      const int run = branched ? 1 : (int)(left < p.block_size - slot ? left : p.block_size - slot);
+      for (int i = 0; i < run; ++i) {
+        keys[j + i] = key + (slot + i) * p.k_strides.slot;
+        values[j + i] = value + (slot + i) * p.v_strides.slot;
+      }
+      j += run;
     }
   }
 
-  int locate_next(const T** rows) const {
+  int locate_next(const T** keys, const T** values) const {
     if (item >= last)
       return 0;
     const PagedRows next(p, item + 1, last);
     const int64_t start = next.span.split < 0 ? 0 : next.span.split * kSplitPositions;
     const int columns = tile_columns(start, next.end());
-    next.locate(start, columns, rows, rows + columns);
+    next.locate(start, columns, keys, values);
     return columns;
   }
 

@@ -51,30 +51,36 @@ KVKEYE_INLINE void add_scores(const float* q, int64_t q_row, Vf (&words)[kLanes]
   }
 }
 
-// scores[m, j] = sum_d q[m, d] keys[j][d] for M rows and kLanes keys, which are transposed in registers.
-// `next` is read ahead.
+// scores[m, j] = sum_d q[m, d] keys[j][d] for M rows and the keys of a tile, kLanes of which are transposed
+// in registers at a time. Dimensions go around keys, so that a core need not wait for a sum to reach its next
+// step. `next` is read ahead, in the order of addresses.
 template <class Product, int M, class T>
 KVKEYE_APART void score_keys(const float* q, int64_t q_row, const T* const* keys, const T* const* next,
-                             int64_t dim, float* scores) {
+                             int columns, int64_t dim, float* scores) {
   constexpr int64_t step = kPerWord<T> * kLanes;
-  Vf total[M] = {}, words[kLanes];
-  int64_t d = 0;
-  for (; d + step <= dim; d += step) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      words[i] = load_raw(keys[i] + d);
-      __builtin_prefetch(next[i] + d, 0, 2);
-    }
-    add_scores<Product, M, T>(q + d / Product::per_word, q_row, words, total);
-  }
-  if (d < dim) {
-    for (int i = 0; i < kLanes; ++i)
-      words[i] = load_raw(keys[i] + d, dim - d);
-    add_scores<Product, M, T>(q + d / Product::per_word, q_row, words, total);
-  }
+  const int blocks = (int)((dim + step - 1) / step) * ((columns + kLanes - 1) / kLanes);
+  int asked = 0, block = 0;
+  for (int64_t d = 0; d < dim; d += step)
+    for (int j = 0; j < columns; j += kLanes) {
+      const int ask = kTile * ++block / blocks;
+      prefetch_rows(next + asked, ask - asked, dim);
+      asked = ask;
+      Vf total[M], words[kLanes];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-    store(scores + m * kTile, total[m]);
+      for (int m = 0; m < M; ++m)
+        total[m] = d == 0 ? Vf{} : load(scores + m * kTile + j);
+      if (d + step <= dim)
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          words[i] = load_raw(keys[j + i] + d);
+      else
+        for (int i = 0; i < kLanes; ++i)
+          words[i] = load_raw(keys[j + i] + d, dim - d);
+      add_scores<Product, M, T>(q + d / Product::per_word, q_row, words, total);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        store(scores + m * kTile + j, total[m]);
+    }
 }
 
 // out[m, d] += sum_j weights[m, j] values[j][d] for M rows and N vectors of dimensions from d, of which the
@@ -156,7 +162,7 @@ void add_value_rows(const float* weights, const T* const* values, const T* const
                     int64_t dim, float* out, int64_t out_row) {
 #if defined(__AVX512BF16__)
   if constexpr (Product::per_word == 2) {
-    constexpr int wide = M > 4 ? 1 : 2;
+    constexpr int wide = M > 4 ? 1 : M > 2 ? 2 : 4; // at most 16 sums
     int64_t d = 0;
     for (; d + wide * 32 <= dim; d += wide * 32)
       add_value_pairs<M, wide>(weights, values, next, count, d, dim, out, out_row);
@@ -231,8 +237,7 @@ template <class T, class Work, class Product> struct FewRows {
       if (!tiles[1 - at].locate(work, start + kTile, last))
         tiles[1 - at] = tile;
       with_count(work.count, [&](auto rows) KVKEYE_LAMBDA {
-        for (int j = 0; j < columns; j += kLanes)
-          score_keys<Product, rows.value>(q, width, tile.keys + j, next.keys + j, dim, scores + j);
+        score_keys<Product, rows.value>(q, width, tile.keys, next.keys, columns, dim, scores);
       });
       for (int r = 0; r < work.count; ++r)
         weigh(r, start, columns);
@@ -252,11 +257,10 @@ template <class T, class Work, class Product> struct FewRows {
     const T* values[kTile];
 
     bool locate(const Work& work, int64_t start, int64_t last) {
-      const T* rows[2 * kTile];
-      const int columns = locate_ahead(work, start, last, rows);
-      for (int j = 0; columns > 0 && j < kTile; ++j) {
-        keys[j] = rows[j < columns ? j : columns - 1];
-        values[j] = rows[columns + (j < columns ? j : columns - 1)];
+      const int columns = locate_ahead(work, start, last, keys, values);
+      for (int j = columns; columns > 0 && j < kTile; ++j) {
+        keys[j] = keys[columns - 1];
+        values[j] = values[columns - 1];
       }
       return columns > 0;
     }

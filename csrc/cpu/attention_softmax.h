@@ -102,20 +102,19 @@ KVKEYE_INLINE void clear(float* target, int64_t size, float value) {
 //   const T* query(int r); int64_t seen(int r)      a row's query [dim], and how many positions it sees: the
 //                                                   first ones
 //   void locate(start, count, keys, values)         the rows [dim] at positions [start, start + count)
-//   int locate_next(rows)                           those of the first tile that is read after this Work, if
-//   known:
-//                                                   keys, then values; how many positions
+//   int locate_next(keys, values)                   those of the first tile that is read after this Work, if
+//                                                   known; how many positions
 //   void target(int r, T*& o, float*& lse)          where a row's result goes
 //   void partial(int r, float*& o, float*& max, float*& total)    where its state after one split goes
 
-// The tile at `start`, or behind `last` the first one of the next Work: keys, then values; how many
-// positions.
+// The tile at `start`, or behind `last` the first one of the next Work; how many positions.
 template <class Work, class T>
-KVKEYE_INLINE int locate_ahead(const Work& work, int64_t start, int64_t last, const T** rows) {
+KVKEYE_INLINE int locate_ahead(const Work& work, int64_t start, int64_t last, const T** keys,
+                               const T** values) {
   const int columns = tile_columns(start, last);
   if (columns == 0)
-    return work.locate_next(rows);
-  work.locate(start, columns, rows, rows + columns);
+    return work.locate_next(keys, values);
+  work.locate(start, columns, keys, values);
   return columns;
 }
 

@@ -125,7 +125,8 @@ using Int8Quads = Int8Pairs;
 #endif
 
 // total[m][o] (+)= the sum over the words of a chunk of x[m] w[o]. Inputs of a row lie together. `Lines`
-// cache lines at `next` are asked for with every word.
+// cache lines at `next` are asked for with every word, into the second level: fills of the first would take
+// the turns of the loads.
 template <class Product, int M, int N, int Lines>
 void multiply(const float* x, const float* w, int words, float* total, bool first, const char* next) {
   using Sum = typename Product::Sum;
@@ -138,7 +139,7 @@ void multiply(const float* x, const float* w, int words, float* total, bool firs
         sum[m][n] = Sum{};
     for (int k = 0; k < words; ++k) {
       for (int line = 0; line < Lines && o == 0; ++line)
-        __builtin_prefetch(next + (k * Lines + line) * 64);
+        __builtin_prefetch(next + (k * Lines + line) * 64, 0, 2);
 #pragma GCC unroll 2
       for (int step = 0; step < Product::steps; ++step) {
         Vf weight[N];

@@ -14,6 +14,7 @@ namespace {
 constexpr int kRows = LinearCut::kRowBlock, kPanels = LinearCut::kGroupPanels;
 constexpr int kChunkWords = 128;   // of the widest type
 constexpr int kInputWords = 24576; // of the rows of an item, 96 KB
+constexpr int kWaiting = 5;        // rows whose products take less time than reading their weights
 
 template <class T> constexpr int kPerWord = 4 / (int)sizeof(T);
 template <class T> constexpr int words_of(int count) {
@@ -71,10 +72,10 @@ template <class Params> struct Panel {
     return copy;
   }
 
-  // One or two rows leave it to the hardware, which sees one stream: they wait for memory alone.
+  // Few rows leave it to the hardware, which sees one stream: they wait for memory alone.
   Ahead ahead(int64_t k, int64_t rows) const {
     if (packed != nullptr)
-      return {rows <= 2 ? nullptr : (const char*)(packed + k * kPanel), {}, {}};
+      return {rows <= kWaiting ? nullptr : (const char*)(packed + k * kPanel), {}, {}};
     const char* first = (const char*)(this->rows.row[0] + k);
     return {nullptr, {first, stride * (int64_t)sizeof(T), kPanel, kInputChunk<T> * (int)sizeof(T) / 64}, {}};
   }

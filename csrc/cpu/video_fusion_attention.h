@@ -43,7 +43,7 @@ template <class T> struct PartRows {
       values[j] = v + (start + j) * p.v_strides.token;
     }
   }
-  int locate_next(const T**) const { return 0; }
+  int locate_next(const T**, const T**) const { return 0; }
   void partial(int, float*&, float*&, float*&) const {} // never by split
 };
 
