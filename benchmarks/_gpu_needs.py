@@ -8,7 +8,7 @@ from kvkeye import ops
 REASONS = {
     "conformance": "the host harness runs cuda rows and the interpreter triton rows; neither is the compiler's code, "
     "the interpreter computes bf16 wrongly, and the order of sums inside a tensor core is not modelled",
-    "graphs": "only a driver captures and replays",
+    "graphs": "rehearsed by running the call again over the same buffers; only a driver captures and replays",
     "bits": "that a tensor core gives a row the same bits in every place of its tile is an assumption about hardware",
     "engine": "rehearsed on the CPU; waits, pinned copies and graphs of whole steps are the driver's",
     "sanitizer": "compute-sanitizer instruments machine code",

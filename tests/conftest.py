@@ -1,9 +1,11 @@
-"""Shared set-up: seeds, Triton's interpreter where there is no GPU, and the table of op rows at the end."""
+"""Shared set-up: seeds, Triton's interpreter where there is no GPU, and at the end op rows and what needs a GPU."""
 
 from __future__ import annotations
 
 import os
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined, hence before any import of one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+VERDICTS = ("passed", "refused", "skipped", "failed")
 _CELLS: dict[tuple[str, str], Counter[str]] = {}
 
 
@@ -33,9 +36,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _CELLS:
         return
     columns = sorted({implementation for _, implementation in _CELLS})
-    terminalreporter.section("op rows: passed / refused / failed")
+    terminalreporter.section("op rows: passed / refused / skipped / failed")
     terminalreporter.write_line(f"{'op':<32}" + "".join(f"{c:>16}" for c in columns))
     for op in sorted({op for op, _ in _CELLS}):
         counts = [_CELLS.get((op, c), Counter()) for c in columns]
-        cells = [f"{c['passed']}/{c['refused']}/{c['failed']}" if c else "-" for c in counts]
+        cells = ["/".join(str(c[verdict]) for verdict in VERDICTS) if c else "-" for c in counts]
         terminalreporter.write_line(f"{op:<32}" + "".join(f"{c:>16}" for c in cells))
+    if not torch.cuda.is_available():
+        terminalreporter.section("needs a GPU (python benchmarks/gpu.py)")
+        script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "_gpu_needs.py"))
+        terminalreporter.write_line(script["needs"](("cuda", "triton")))

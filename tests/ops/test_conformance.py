@@ -106,8 +106,13 @@ def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
     return found
 
 
-def finish(request: pytest.FixtureRequest, op: Op, implementation: str, accepted: int) -> None:
+def begin(request: pytest.FixtureRequest, op: Op, implementation: str) -> None:
+    """Names the cell for the table at the end of the run; skips, with the reason, what this machine cannot have."""
     request.node.user_properties.append(("cell", f"{op.name}/{implementation}"))
+    available(op, implementation)
+
+
+def finish(request: pytest.FixtureRequest, accepted: int) -> None:
     request.node.user_properties.append(("outcome", "passed" if accepted else "refused"))
 
 
@@ -141,7 +146,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize(("op", "implementation", "dtype"), list(cells()))
 def test_values(op: Op, implementation: str, dtype: str, request: pytest.FixtureRequest) -> None:
     """Values against float64 truth, with memory poisoned, so an unwritten output is a NaN; two runs, equal bits."""
-    available(op, implementation)
+    begin(request, op, implementation)
 
     def body(case: Case, what: str) -> None:
         naive = reference_outputs(op, copied(case.args))
@@ -155,7 +160,7 @@ def test_values(op: Op, implementation: str, dtype: str, request: pytest.Fixture
             assert same_bits(o, a), f"{what}: two runs differ in output {i}"
 
     accepted = run_rows(op, implementation, dtype, body, only_small=False)
-    finish(request, op, implementation, accepted)
+    finish(request, accepted)
 
 
 @pytest.mark.parametrize(("op", "implementation", "dtype"), list(backward_cells()))
@@ -163,7 +168,7 @@ def test_backward_values(op: Op, implementation: str, dtype: str, request: pytes
     """Each backward op against the gradient of the forward's body in float64."""
     backward = op.backward
     assert backward is not None
-    available(backward, implementation)
+    begin(request, backward, implementation)
 
     def body(case: Case, what: str) -> bool:
         args = gradient_arguments(op, case, seed=1)
@@ -183,7 +188,7 @@ def test_backward_values(op: Op, implementation: str, dtype: str, request: pytes
         return True
 
     accepted = run_rows(op, "eager", dtype, body, only_small=True)
-    finish(request, backward, implementation, accepted)
+    finish(request, accepted)
 
 
 SMALLEST = {

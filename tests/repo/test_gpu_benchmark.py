@@ -37,6 +37,27 @@ def test_without_a_gpu_it_lists_what_needs_one_and_why(tmp_path):
     assert done.stdout == run("gpu.py", "--needs") and not (tmp_path / "rows.jsonl").exists()
 
 
+def test_a_run_of_the_suite_ends_with_the_cells_and_what_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    rows = "test_values and copy_blocks and fp32 and not cpp"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_conformance.py",
+        "-k",
+        rows,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    heading, cells = (line.split() for line in done.stdout.splitlines() if line.startswith(("op  ", "copy_blocks")))
+    assert heading == ["op", "cuda", "eager"] and cells == ["copy_blocks", "0/0/1/0", "1/0/0/0"], done.stdout
+    assert "needs a GPU" in done.stdout and "compute-sanitizer instruments machine code" in done.stdout
+
+
 def test_every_step_has_its_reason(scripts):
     from _gpu_needs import REASONS
     from gpu import STEPS

@@ -28,6 +28,7 @@ from kvkeye import triton_kernels as leaves
 from kvkeye.triton_kernels import activation, attention, linear, loss, norm, rollout, rope, video_fusion, vision
 from kvkeye.triton_kernels.common import launch as launching
 from kvkeye.triton_kernels.common import tiles
+from tests.native.cuda_resources import TARGETS, Launch, Target, Usage, blocks_per_multiprocessor
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -143,6 +144,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
 
 
+def target_of(capability: int) -> Target:
+    return next(target for target in TARGETS if target.name.rstrip("a") == f"sm_{capability}")
+
+
+def resident_warps(capability: int, num_warps: int, registers: int, shared_bytes: int) -> int:
+    """Warps of such programs that a multiprocessor holds at once."""
+    usage, launch = Usage(registers, 0, 0), Launch(32 * num_warps, shared_bytes)
+    return num_warps * blocks_per_multiprocessor(target_of(capability), usage, launch)
+
+
 def shape_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> str:
     """Head size or sums of a matrix kernel, and its tile: "D 72, 128 x 64, 8 warps, 2 stages"."""
     if "num_stages" not in options:
@@ -169,15 +180,16 @@ def compiled(capability: int, parts: list[str]) -> Iterator[dict[str, Any]]:
             continue
         done.add(source.hash())
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        ptx = built.asm["ptx"]
+        ptx, taken = built.asm["ptx"], resources(built.asm["cubin"])
         yield {
             "triton": triton.__version__, "kernel": kernel.__name__, "shape": shape,
             "shared_bytes": built.metadata.shared,
+            "warps": resident_warps(capability, built.metadata.num_warps, taken["registers"], built.metadata.shared),
             "matrix": sorted({m for m in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if m in ptx}),
             "async_copy_bytes": sorted({int(n, 16) for n in re.findall(r"cp\.async\.c.*?\], (0x[0-9a-f]+)", ptx)}),
             "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
             "narrow_loads": len(re.findall(r"ld\.global[\w.:]*\.[bu](?:8|16)\b", ptx)),
-            **resources(built.asm["cubin"]),
+            **taken,
         }  # fmt: skip
 
 
@@ -185,19 +197,28 @@ def table_row(capability: int, report: dict[str, Any]) -> str:
     """One line of the table in triton_kernels/README.md."""
     name = report["kernel"].strip("_").removesuffix("_kernel")
     sizes = f"{report['registers']} | {report['local_bytes']} | {report['shared_bytes']:,}"
-    return f"| `{name}` | sm_{capability} | {report['shape']} | {sizes} |"
+    warps = f"{report['warps']} of {target_of(capability).warps}"
+    return f"| `{name}` | sm_{capability} | {report['shape']} | {sizes} | {warps} |"
 
 
 def table() -> str:
-    """Markdown: registers, spilled bytes and shared memory of the kernels whose tile depends on the GPU."""
+    """Markdown: registers, spilled bytes, shared memory and occupancy of the kernels whose tile depends on the GPU."""
     rows = [
         table_row(capability, report)
         for capability in tiles.known_capabilities()
         for report in compiled(capability, ["attention", "video", "linear"])
         if report["shape"]
     ]
-    heading = "| kernel | target | call: tile | registers | spilled bytes | shared memory |\n|---|---|---|---|---|---|"
-    return "\n".join([heading, *sorted(rows)])
+    heading = (
+        "kernel",
+        "target",
+        "call: tile",
+        "registers",
+        "spilled bytes",
+        "shared memory",
+        "warps of a multiprocessor",
+    )
+    return "\n".join([f"| {' | '.join(heading)} |", "|---" * len(heading) + "|", *sorted(rows)])
 
 
 if __name__ == "__main__":

@@ -66,9 +66,10 @@ def test_every_kernel_is_among_them() -> None:
 
 
 @pytest.mark.parametrize("capability", SHARED)
-def test_shared_memory_fits(capability: int) -> None:
+def test_a_multiprocessor_holds_a_program(capability: int) -> None:
+    """Its shared memory is within the target's limit, and its registers are too."""
     for report in compiled(capability):
-        assert report["shared_bytes"] <= SHARED[capability], report
+        assert report["shared_bytes"] <= SHARED[capability] and report["warps"] > 0, report
 
 
 @pytest.mark.parametrize("capability", SHARED)
