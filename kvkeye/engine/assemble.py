@@ -193,21 +193,33 @@ def _settings(draws: list[_Draw]) -> DrawSettings:
     params: list[SamplingParams] = [draw.seq.request.sampling for draw in draws]
     histories = [draw.seq.tokens if p.has_penalties else [] for draw, p in zip(draws, params)]
 
-    def floats(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32)
-
+    temperature, top_p, min_p, repetition, presence, frequency = torch.tensor(  # at once: a call each would show
+        [
+            [0.0 if p.is_greedy else p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.repetition_penalty for p in params],
+            [p.presence_penalty for p in params],
+            [p.frequency_penalty for p in params],
+        ],
+        dtype=torch.float32,
+    ).unbind(0)
+    seeds, positions, sample_index = torch.tensor(
+        [[draw.seq.request.seed for draw in draws], [draw.position for draw in draws], [draw.index for draw in draws]],
+        dtype=torch.int64,
+    ).unbind(0)
     return DrawSettings(
-        temperature=floats([0.0 if p.is_greedy else p.temperature for p in params]),
+        temperature=temperature,
         top_k=_ints([p.top_k for p in params], torch.int32),
-        top_p=floats([p.top_p for p in params]),
-        min_p=floats([p.min_p for p in params]),
-        repetition=floats([p.repetition_penalty for p in params]),
-        presence=floats([p.presence_penalty for p in params]),
-        frequency=floats([p.frequency_penalty for p in params]),
+        top_p=top_p,
+        min_p=min_p,
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
         history=_ints([token for tokens in histories for token in tokens], torch.int32),
         cu_history=_ints(list(accumulate(map(len, histories), initial=0)), torch.int32),
         num_prompt=_ints([draw.seq.num_prompt if h else 0 for draw, h in zip(draws, histories)], torch.int32),
-        seeds=_ints([draw.seq.request.seed for draw in draws]),
-        positions=_ints([draw.position for draw in draws]),
-        sample_index=_ints([draw.index for draw in draws]),
+        seeds=seeds,
+        positions=positions,
+        sample_index=sample_index,
     )

@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from kvkeye import ops
 from kvkeye.layers import Context, Embedding, Linear, PagedContext, RMSNorm, SelfAttention, SwiGLU
 from kvkeye.models.keye.config import TextConfig
+
+
+@dataclass(frozen=True)
+class _AsOne:
+    """What a packed layer gives to `ops.decoder_layer` in every step; a module looks attributes up by Python.
+
+    last: the packed matrix by which it is seen that the layer was packed anew.
+    """
+
+    last: Tensor
+    layer_index: int
+    weights: list[Any]
+    scales: list[Tensor]
+    settings: tuple[Any, ...]
+
+    @staticmethod
+    def of(layer: DecoderLayer, last: Tensor) -> _AsOne:
+        attention, mlp = layer.self_attn, layer.mlp
+        matrices = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        qkv, out, gate_up, down = (matrix.packed for matrix in matrices)
+        weights = [
+            layer.input_layernorm.weight, qkv, attention.q_norm, attention.k_norm, out,
+            layer.post_attention_layernorm.weight, gate_up, down,
+        ]  # fmt: skip
+        settings = (
+            attention.sections, attention.num_q_heads, mlp.down_proj.inputs, attention.rope_theta, attention.eps,
+            attention.softmax_scale,
+        )  # fmt: skip
+        scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
+        return _AsOne(last, attention.layer_index, weights, scales, settings)
 
 
 class DecoderLayer(nn.Module):
@@ -33,12 +65,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.in_parts = False
+        self._one: _AsOne | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None, positions: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """x [T, H] is what the layer before adds to `residual` [T, H]; the same pair is returned."""
-        is_packed = self.mlp.down_proj.packed is not None and not self.in_parts
-        if is_packed and isinstance(context, PagedContext) and not context.k_scales:
-            return self._as_one(x, residual, positions, context)
+        if not self.in_parts and isinstance(context, PagedContext) and not context.k_scales:
+            packed = self.mlp.down_proj.packed
+            if self._one is None or self._one.last is not packed:
+                self._one = None if packed is None else _AsOne.of(self, packed)
+            if self._one is not None:
+                return self._as_one(x, residual, positions, context, self._one)
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
@@ -47,22 +83,14 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
+    @staticmethod
     def _as_one(
-        self, x: Tensor, residual: Tensor | None, positions: Tensor, context: PagedContext
+        x: Tensor, residual: Tensor | None, positions: Tensor, context: PagedContext, one: _AsOne
     ) -> tuple[Tensor, Tensor]:
-        attention, mlp = self.self_attn, self.mlp
-        matrices = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        qkv, out, gate_up, down = (matrix.packed for matrix in matrices)
-        weights = [
-            self.input_layernorm.weight, qkv, attention.q_norm, attention.k_norm, out,
-            self.post_attention_layernorm.weight, gate_up, down,
-        ]  # fmt: skip
-        scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
         x, residual = ops.decoder_layer(
-            x, residual, positions, weights, scales, context.k_caches[attention.layer_index],
-            context.v_caches[attention.layer_index], context.block_table, context.cu_seqlens_q, context.context_lens,
-            context.slot_mapping, context.tree_mask, attention.sections, attention.num_q_heads,
-            mlp.down_proj.inputs, attention.rope_theta, attention.eps, attention.softmax_scale,
+            x, residual, positions, one.weights, one.scales, context.k_caches[one.layer_index],
+            context.v_caches[one.layer_index], context.block_table, context.cu_seqlens_q, context.context_lens,
+            context.slot_mapping, context.tree_mask, *one.settings,
         )  # fmt: skip
         return x, residual
 
