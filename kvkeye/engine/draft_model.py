@@ -19,7 +19,7 @@ from kvkeye.engine.batch import Prompt
 from kvkeye.engine.block_manager import ceil_div
 from kvkeye.engine.draft import Draft
 from kvkeye.engine.request import Sequence
-from kvkeye.engine.staging import read, sent
+from kvkeye.engine.staging import moved, read, sent
 from kvkeye.host import BlockPool
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
@@ -118,7 +118,7 @@ class DraftModel:
             slot_mapping=sent(slots, torch.int64, device),
         )
         tokens = sent([token for new in fresh for token in new], torch.int64, device)
-        at = torch.cat(positions, dim=1).to(device)  # [3, T]
+        at = moved(torch.cat(positions, dim=1), device)  # [3, T]
         hidden: Tensor = self.model(self.model.embed(tokens), at, context)  # [T, H]
         return hidden[sent([end - 1 for end in bounds[1:]], torch.int64, device)]
 

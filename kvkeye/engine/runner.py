@@ -20,7 +20,7 @@ from kvkeye.engine.decode_graphs import DecodeGraphs, nothing
 from kvkeye.engine.encoder_graphs import EncoderGraphs
 from kvkeye.engine.graphs import Recorder
 from kvkeye.engine.sampling import LogitsHook, StepResult, draw
-from kvkeye.engine.staging import sent, to_device
+from kvkeye.engine.staging import moved, sent, to_device
 from kvkeye.layers import PagedContext
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.positions import MediaGrid
@@ -200,9 +200,7 @@ class Runner:
 
     def _encode(self, batch: EncodeBatch) -> Tensor:
         pixels = torch.cat(batch.pixel_values) if len(batch.pixel_values) > 1 else batch.pixel_values[0]
-        if self.model.device.type != "cpu":
-            pixels = pixels.pin_memory().to(self.model.device, non_blocking=True)
-        return self.model.encode_media(pixels, batch.grids)
+        return self.model.encode_media(moved(pixels, self.model.device), batch.grids)
 
     def forget(self, names: Iterable[bytes]) -> None:
         """Frees embeddings; names without any are passed over."""

@@ -60,6 +60,11 @@ def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, by a copy that nothing waits for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def read(tensors: Sequence[Tensor]) -> list[list[float]]:
     """The values of 1-d tensors, by one read of the device in fp64, which holds ids and fp32 exactly."""
     if len(tensors) == 1:

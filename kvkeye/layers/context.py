@@ -30,7 +30,8 @@ class PackedContext:
         for length in lengths:
             bounds.append(bounds[-1] + length)
         # Made on the host and sent: a tensor made on a GPU would wait for all that runs there.
-        table = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        is_pinned = device is not None and torch.device(device).type == "cuda"
+        table = torch.tensor(bounds, dtype=torch.int32, pin_memory=is_pinned).to(device, non_blocking=True)
         return cls(table, max(lengths, default=0))
 
 

@@ -14,6 +14,7 @@ from kvkeye.engine import engine as engine_module
 from kvkeye.engine import warm_up as warm_up_module
 from kvkeye.engine.backends import COMPOSED, SERVING_OPS
 from kvkeye.engine.draft_head import HeadDrafter
+from kvkeye.engine.draft_model import DraftModel
 from kvkeye.engine.graphs import rerun
 from kvkeye.models.draft.config import HeadConfig
 from kvkeye.models.draft.head import DraftHead
@@ -134,6 +135,17 @@ def test_every_op_of_a_request_is_one_that_the_engine_has_chosen_a_kernel_for(gp
     assert called == {*SERVING_OPS, *COMPOSED}
 
 
+def test_a_draft_model_reads_once_per_proposed_token(gpu):
+    """All rows' tokens side by side; what it is given travels from pinned memory, like the steps' own tensors."""
+    with fake_gpu(), torch.device(GPU):
+        drafter = DraftModel(KeyeModel(tiny_keye_config()), num_blocks=64)
+    served = served_by(drafter=drafter, speculation=PROPOSING, max_prefill_chunk=19)
+    found = steps(served, prompt(0, 30), prompt(2, 40, picture(1, (1, 6, 10))), answer=one_drawn)
+    counts = [len(reads) for _, reads in found]
+    # A token each, what is drawn, its log-probabilities; before, each prompt's last chunk has proposals of its own.
+    assert counts[:3] == [0, 4, 8] and max(counts[3:]) == PROPOSING["num_speculative_tokens"] + 2
+
+
 def head_on_gpu():
     with fake_gpu(), torch.device(GPU):
         target = KeyeModel(tiny_keye_config())
@@ -145,6 +157,22 @@ def test_what_passes_take_is_left_free(gpu, caplog):
     served_by()
     assert "passes and recordings take 1.00 GiB" in caplog.text
     assert caplog.text.count("recorded a step of") == 2 * 3 and caplog.text.count("recorded an encoder pass") == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("move", "says"),
+    [
+        (lambda: torch.ones(3).to(GPU), "the host waits for a copy"),
+        (lambda: torch.ones(3).to(GPU, non_blocking=True), "memory that is not pinned"),
+        (lambda: torch.tensor([1.0], device=GPU), "copies from plain memory"),
+        (lambda: torch.ones(3, device=GPU).cpu(), "cpu reads a tensor"),
+        (lambda: torch.ones(3, device=GPU).to("cpu"), "to reads a tensor"),
+        (lambda: torch.empty(3, device=GPU).copy_(torch.ones(3)), "from cpu to cuda"),
+    ],
+)
+def test_what_a_step_would_wait_for_is_an_error_on_it(move, says):
+    with fake_gpu([]), pytest.raises(AssertionError, match=says):
+        move()
 
 
 def test_reading_a_value_is_an_error_on_it():
