@@ -22,6 +22,7 @@ from kvkeye.engine.block_manager import ceil_div
 from kvkeye.engine.draft import Draft
 from kvkeye.engine.request import Sequence
 from kvkeye.engine.staging import sent
+from kvkeye.layers import LargePages
 from kvkeye.models.draft.head import DraftHead
 from kvkeye.models.keye.model import KeyeModel
 
@@ -86,9 +87,8 @@ class HeadDrafter:
         self.num_blocks, self.num_spare = num_blocks, self._num_spare(block_size, num_tokens)
         config = self.head.config
         shape = (num_blocks + max_num_seqs * self.num_spare, config.num_key_value_heads, block_size, config.head_dim)
-        self.k_cache, self.v_cache = (
-            torch.zeros(shape, dtype=self.head.dtype, device=self.target.device) for _ in range(2)
-        )
+        memory = LargePages()
+        self.k_cache, self.v_cache = (memory.zeros(shape, self.head.dtype, self.target.device) for _ in range(2))
 
     def forget(self, sequence: Sequence) -> None:
         self._rows.pop(sequence.seq_id, None)

@@ -21,7 +21,7 @@ from kvkeye.engine.draft import Draft
 from kvkeye.engine.request import Sequence
 from kvkeye.engine.staging import moved, read, sent
 from kvkeye.host import BlockPool
-from kvkeye.layers import PagedContext
+from kvkeye.layers import LargePages, PagedContext
 from kvkeye.models.keye.model import KeyeModel
 
 _MAX_CHUNK = 512  # tokens of one row that are computed in a pass; a row further behind proposes nothing in that step
@@ -50,9 +50,9 @@ class DraftModel:
         self.pool = BlockPool(num_blocks)
         text = model.config.text
         shape = (num_blocks, text.num_key_value_heads, block_size, text.head_dim)
+        memory = LargePages()
         self.k_caches, self.v_caches = (
-            [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(text.num_hidden_layers)]
-            for _ in range(2)
+            [memory.zeros(shape, model.dtype, model.device) for _ in range(text.num_hidden_layers)] for _ in range(2)
         )
         self._rows: dict[int, _Row] = {}
 

@@ -21,7 +21,7 @@ from kvkeye.engine.encoder_graphs import EncoderGraphs
 from kvkeye.engine.graphs import Recorder
 from kvkeye.engine.sampling import LogitsHook, StepResult, draw
 from kvkeye.engine.staging import moved, sent, to_device
-from kvkeye.layers import PagedContext
+from kvkeye.layers import LargePages, PagedContext
 from kvkeye.models.keye.model import KeyeModel
 from kvkeye.models.keye.positions import MediaGrid
 
@@ -69,8 +69,10 @@ class Runner:
         held = cache_dtype or model.dtype
         self.has_scales = held == torch.float8_e4m3fn
 
+        memory = LargePages()
+
         def of_layers(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(text.num_hidden_layers)]
+            return [memory.zeros(shape, dtype, model.device) for _ in range(text.num_hidden_layers)]
 
         self.k_caches, self.v_caches = of_layers(shape, held), of_layers(shape, held)
         self.k_scales, self.v_scales = (

@@ -3,6 +3,7 @@
 from kvkeye.layers.attention import PatchAttention, SelfAttention
 from kvkeye.layers.context import Context, PackedContext, PagedContext
 from kvkeye.layers.embedding import Embedding
+from kvkeye.layers.large_pages import LargePages
 from kvkeye.layers.linear import Linear
 from kvkeye.layers.mlp import GeluMLP, SwiGLU
 from kvkeye.layers.norm import LayerNorm, RMSNorm
@@ -12,6 +13,7 @@ __all__ = [
     "Context",
     "Embedding",
     "GeluMLP",
+    "LargePages",
     "LayerNorm",
     "Linear",
     "PackableWeight",

@@ -139,3 +139,14 @@ def test_large_pages_hold_equal_copies_side_by_side() -> None:
         first, second, third, _ = (copy.data_ptr() for copy in copies)
         assert first % (2 << 20) == 0
         assert (second - first, third - second) == (64, 64)
+
+
+def test_large_pages_give_zeros_of_their_own() -> None:
+    memory, cpu = LargePages(), torch.device("cpu")
+    shapes: list[tuple[int, ...]] = [(2, 3), (0, 4), (5,), (40 << 20,)]  # the last one is larger than a segment
+    given = [memory.zeros(shape, dtype, cpu) for shape, dtype in zip(shapes, [torch.bfloat16, torch.float32] * 2)]
+    for i, tensor in enumerate(given):
+        assert tensor.shape == shapes[i] and not tensor[:1000].any()
+        tensor[:1000].fill_(i + 1)
+    assert all((tensor[:1000] == i + 1).all() for i, tensor in enumerate(given))
+    assert memory.zeros((2,), torch.float32, torch.device("meta")).is_meta
