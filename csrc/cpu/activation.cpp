@@ -1,6 +1,7 @@
 // Activations of the feed-forward layers, forward and backward.
 #include "kvkeye/activation.h"
 #include "activation_math.h"
+#include "kvkeye/common/simd_pairs.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
@@ -16,19 +17,24 @@ template <class Body> KVKEYE_INLINE void for_blocks(int64_t begin, int64_t end, 
 
 // The derivative of x Phi(x). Beyond 30 it is 0 or 1 to fp32 and the powers of x would overflow.
 KVKEYE_INLINE Vf gelu_slope(Vf x, bool tanh) {
-  const Vf near = max(min(x, splat(30.0f)), splat(-30.0f));
-  const Vf square = near * near;
-  Vf slope;
+  const Vf near = clamp(x, 30.0f), square = near * near;
   if (tanh) {
-    const Vf minus = exp_of_minus(2.0f * kRootTwoOverPi * near * (1.0f + kCubic * square));
-    const Vf gate = 1.0f / (1.0f + minus);
+    const Vf minus = exp_of_minus_cubic(near), gate = 1.0f / (1.0f + minus);
     const Vf inner = 2.0f * kRootTwoOverPi * (1.0f + 3.0f * kCubic * square);
-    slope = gate + near * gate * (minus * gate) * inner;
-  } else {
-    const Vf density = 0.3989422804014327f * exp(-0.5f * square);
-    slope = 0.5f * (1.0f + erf(near * 0.7071067811865476f)) + near * density;
+    return gate + near * gate * (minus * gate) * inner;
   }
-  return x == x ? slope : x;
+  const Vf tail = normal_tail(magnitude_of(near)), density = 0.3989422804014327f * exp(-0.5f * square);
+  return (near < 0.0f ? tail : 1.0f - tail) + near * density;
+}
+
+template <bool kTanh, class T>
+KVKEYE_INLINE void gelu_block(const GeluParams<T>& p, int64_t first, int64_t last) {
+  if (p.grad == nullptr)
+    map_vectors(first, last, p.y, [](Vf x) KVKEYE_LAMBDA { return gelu_value(x, kTanh); }, p.x);
+  else
+    map_vectors(
+        first, last, p.y, [](Vf grad, Vf x) KVKEYE_LAMBDA { return grad * gelu_slope(x, kTanh); }, p.grad,
+        p.x);
 }
 
 } // namespace
@@ -38,10 +44,7 @@ template <class T> void silu_mul(const SiluMulParams<T>& p, int64_t begin, int64
     const T* gate = p.gate_up + row * p.stride;
     const T* up = gate + p.size;
     T* y = p.y + row * p.size;
-    for_vectors(first, last, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-      const Vf g = load(gate + i, lanes);
-      store(y + i, silu_mul_value(g, load(up + i, lanes)), lanes);
-    });
+    map_vectors(first, last, y, [](Vf g, Vf u) KVKEYE_LAMBDA { return silu_mul_value(g, u); }, gate, up);
   });
 }
 
@@ -65,12 +68,10 @@ template <class T> void silu_mul_backward(const SiluMulBackwardParams<T>& p, int
 
 template <class T> void gelu(const GeluParams<T>& p, int64_t begin, int64_t end) {
   for_blocks(begin, end, p.size, [&](int64_t, int64_t first, int64_t last) KVKEYE_LAMBDA {
-    for_vectors(first, last, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-      const Vf x = load(p.x + i, lanes);
-      const Vf y =
-          p.grad == nullptr ? gelu_value(x, p.tanh) : load(p.grad + i, lanes) * gelu_slope(x, p.tanh);
-      store(p.y + i, y, lanes);
-    });
+    if (p.tanh)
+      gelu_block<true>(p, first, last);
+    else
+      gelu_block<false>(p, first, last);
   });
 }
 

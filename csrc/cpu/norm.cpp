@@ -1,39 +1,21 @@
 // Normalisations over the last axis, forward and backward.
 #include "kvkeye/norm.h"
-#include "kvkeye/common/simd.h"
-
-#include <cmath>
+#include "norm_math.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
-
-template <class T> KVKEYE_INLINE float inverse_root(const T* x, int64_t dim, float eps) {
-  const float squares = sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    const Vf value = load(x + i, lanes);
-    return value * value;
-  });
-  return 1.0f / std::sqrt(squares / (float)dim + eps);
-}
-
-template <class T> KVKEYE_INLINE void add_rows(const T* x, const T* residual, T* total, int64_t dim) {
-  for_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    store(total + i, load(x + i, lanes) + load(residual + i, lanes), lanes);
-  });
-}
 
 struct Moments {
   float mean, scale;
 };
 
 template <class T> KVKEYE_INLINE Moments moments(const T* x, int64_t dim, float eps) {
-  const float total =
-      sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA { return load(x + i, lanes); });
-  const float mean = total / (float)dim;
-  const float squares = sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    const Vf centred = keep(load(x + i, lanes) - mean, lanes);
+  const float mean = sum_of(x, dim, [](Vf value) KVKEYE_LAMBDA { return value; }) / (float)dim;
+  const float squares = sum_of(x, dim, [&](Vf value) KVKEYE_LAMBDA {
+    const Vf centred = value - mean;
     return centred * centred;
   });
-  return {mean, 1.0f / std::sqrt(squares / (float)dim + eps)};
+  return {mean, inverse_root(squares, dim, eps)};
 }
 
 // The input of the norm for a row of a backward pass, not rounded: sums of a gradient stay in fp32.
@@ -69,7 +51,7 @@ template <class T> KVKEYE_INLINE void row_statistics(const NormBackwardParams<T>
       const Vf value = load(x + i, lanes) + load(residual + i, lanes);
       return value * value;
     });
-    p.scale[row] = 1.0f / std::sqrt(squares / (float)p.dim + p.eps);
+    p.scale[row] = inverse_root(squares, p.dim, p.eps);
   }
 }
 
@@ -79,26 +61,26 @@ template <class T> void rms_norm(const RmsNormParams<T>& p, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) {
     const T* x = p.x + row * p.x_stride;
     if (p.residual != nullptr) {
-      add_rows(x, p.residual + row * p.residual_stride, p.total + row * p.dim, p.dim);
-      x = p.total + row * p.dim;
+      T* total = p.total + row * p.dim;
+      map_vectors(
+          0, p.dim, total, [](Vf a, Vf b) KVKEYE_LAMBDA { return a + b; }, x,
+          p.residual + row * p.residual_stride);
+      x = total;
     }
-    T* y = p.y + row * p.dim;
     const float scale = inverse_root(x, p.dim, p.eps);
-    for_vectors(p.dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-      store(y + i, rounded<T>(load(x + i, lanes) * scale) * load(p.weight + i, lanes), lanes);
-    });
+    const auto normed = [&](const auto& value, const auto& weight)
+                            KVKEYE_LAMBDA { return rounded<T>(value * scale) * weight; };
+    map_pairs(0, p.dim, p.y + row * p.dim, normed, x, p.weight);
   }
 }
 
 template <class T> void layer_norm(const LayerNormParams<T>& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = p.x + row * p.x_stride;
-    T* y = p.y + row * p.dim;
     const Moments found = moments(x, p.dim, p.eps);
-    for_vectors(p.dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-      const Vf normed = (load(x + i, lanes) - found.mean) * found.scale;
-      store(y + i, fma(normed, load(p.weight + i, lanes), load(p.bias + i, lanes)), lanes);
-    });
+    const auto normed = [&](Vf value, Vf weight, Vf bias)
+                            KVKEYE_LAMBDA { return fma((value - found.mean) * found.scale, weight, bias); };
+    map_vectors(0, p.dim, p.y + row * p.dim, normed, x, p.weight, p.bias);
   }
 }
 

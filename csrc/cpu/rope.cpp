@@ -1,8 +1,7 @@
 // Rotary embeddings, alone and fused with the norm of queries and keys, forward and backward.
 #include "kvkeye/rope.h"
 #include "kvkeye/common/simd_double.h"
-
-#include <cmath>
+#include "norm_math.h"
 
 namespace kvkeye::KVKEYE_ISA {
 namespace {
@@ -34,16 +33,25 @@ KVKEYE_INLINE void turn_of(const SectionedAngles& angles, int64_t token, Turn& t
   }
 }
 
+template <class V> struct Halves {
+  V first, second;
+};
+
+template <class V>
+KVKEYE_INLINE Halves<V> turned(const V& first, const V& second, const V& cos, const V& sin) {
+  return {first * cos - second * sin, second * cos + first * sin};
+}
+
 // y = x turned by the angles, or back. x and y may be the same head.
 template <class X, class Y>
 KVKEYE_INLINE void turn_head(const X* x, const float* cos, const float* sin, bool inverse, int64_t half,
                              Y* y) {
   for_vectors(half, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    const Vf c = load(cos + i, lanes), straight = load(sin + i, lanes);
-    const Vf s = inverse ? -straight : straight;
-    const Vf first = load(x + i, lanes), second = load(x + half + i, lanes);
-    store(y + i, first * c - second * s, lanes);
-    store(y + half + i, second * c + first * s, lanes);
+    const Vf straight = load(sin + i, lanes);
+    const Halves<Vf> turn = turned(load(x + i, lanes), load(x + half + i, lanes), load(cos + i, lanes),
+                                   inverse ? -straight : straight);
+    store(y + i, turn.first, lanes);
+    store(y + half + i, turn.second, lanes);
   });
 }
 
@@ -55,43 +63,82 @@ KVKEYE_INLINE void turn_heads(const RotateParams<T>& p, int64_t token, const flo
   }
 }
 
-template <class T> KVKEYE_INLINE float inverse_root(const T* x, int64_t dim, float eps) {
-  const float squares = sum_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    const Vf value = load(x + i, lanes);
-    return value * value;
-  });
-  return 1.0f / std::sqrt(squares / (float)dim + eps);
+// The norm and rotation of queries, or of keys; weight, cos and sin by halves in the order of pairs.
+struct NormTurn {
+  const float* weight;
+  const Turn* turn;
+  int64_t half;
+  float eps;
+};
+
+// The weights of a norm as numbers, each half in the order of pairs.
+template <class T> KVKEYE_INLINE void order_weight(const T* weight, int64_t half, float* target) {
+  for_vectors(2 * half,
+              [&](int64_t i, int lanes) KVKEYE_LAMBDA { store(target + i, load(weight + i, lanes), lanes); });
+  order_as_pairs<T>(target, half);
+  order_as_pairs<T>(target + half, half);
 }
 
-template <class T>
-KVKEYE_INLINE void norm_and_turn(const T* x, const T* weight, const Turn& turn, int64_t dim, float eps,
-                                 T* y) {
-  float normed[kMaxHeadDim];
-  const float scale = inverse_root(x, dim, eps);
-  for_vectors(dim, [&](int64_t i, int lanes) KVKEYE_LAMBDA {
-    const Vf value = rounded<T>(load(x + i, lanes) * scale) * load(weight + i, lanes);
-    store(normed + i, rounded<T>(value), lanes);
-  });
-  turn_head(normed, turn.cos, turn.sin, false, dim / 2, y);
+// Rounded as the norm and the rotation would store them. `at` loads a pair, or a vector or a part of one.
+template <class T, class At>
+KVKEYE_INLINE auto norm_and_turn_at(const NormTurn& p, const T* x, float scale, int64_t i, const At& at) {
+  const auto first = rounded<T>(rounded<T>(at(x + i) * scale) * at(p.weight + i));
+  const auto second = rounded<T>(rounded<T>(at(x + p.half + i) * scale) * at(p.weight + p.half + i));
+  return turned(first, second, at(p.turn->cos + i), at(p.turn->sin + i));
+}
+
+template <class T> KVKEYE_INLINE void norm_and_turn(const NormTurn& p, const T* x, float scale, T* y) {
+  for_pairs(
+      0, p.half,
+      [&](int64_t i) KVKEYE_LAMBDA {
+        const Halves<Pair> out = norm_and_turn_at(
+            p, x, scale, i, [](const auto* source) KVKEYE_LAMBDA { return load_pair(source); });
+        store_pair(y + i, out.first);
+        store_pair(y + p.half + i, out.second);
+      },
+      [&](int64_t i, int lanes) KVKEYE_LAMBDA {
+        const Halves<Vf> out = norm_and_turn_at(
+            p, x, scale, i, [&](const auto* source) KVKEYE_LAMBDA { return load(source, lanes); });
+        store(y + i, out.first, lanes);
+        store(y + p.half + i, out.second, lanes);
+      });
+}
+
+// Heads side by side, each to target(head). The roots of as many as a vector has lanes are taken at once.
+template <class T, class Target>
+KVKEYE_INLINE void norm_and_turn_heads(const NormTurn& p, const T* x, int64_t heads, Target target) {
+  const int64_t dim = 2 * p.half;
+  for (int64_t first = 0; first < heads; first += kLanes) {
+    const int64_t count = first + kLanes < heads ? kLanes : heads - first;
+    float scale[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i)
+      scale[i] = sum_of_squares(x + (first + i) * dim, dim);
+    for (float& value : scale)
+      value = inverse_root(value, dim, p.eps);
+    for (int64_t i = 0; i < count; ++i)
+      norm_and_turn(p, x + (first + i) * dim, scale[i], target(first + i));
+  }
 }
 
 // Keys of one token to their output or, with the values, to their slot.
 template <class T>
-KVKEYE_INLINE void write_keys(const QkNormMropeParams<T>& p, int64_t token, const T* keys, const Turn& turn) {
-  const int64_t slot = p.k_cache == nullptr ? 0 : p.slot_mapping[token];
+KVKEYE_INLINE void write_keys(const QkNormMropeParams<T>& p, int64_t token, const T* keys,
+                              const NormTurn& norm_turn) {
+  const int64_t heads = p.num_kv_heads;
+  if (p.k_cache == nullptr)
+    return norm_and_turn_heads(norm_turn, keys, heads, [&](int64_t head) KVKEYE_LAMBDA {
+      return p.k + (token * heads + head) * p.dim;
+    });
+  const int64_t slot = p.slot_mapping[token];
   if (slot < 0)
     return;
-  for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-    const T* key = keys + head * p.dim;
-    if (p.k_cache == nullptr) {
-      T* target = p.k + (token * p.num_kv_heads + head) * p.dim;
-      norm_and_turn(key, p.k_weight, turn, p.dim, p.eps, target);
-      continue;
-    }
-    const int64_t row = (slot / p.block_size * p.num_kv_heads + head) * p.block_size + slot % p.block_size;
-    norm_and_turn(key, p.k_weight, turn, p.dim, p.eps, p.k_cache + row * p.dim);
-    std::memcpy(p.v_cache + row * p.dim, key + p.num_kv_heads * p.dim, p.dim * sizeof(T));
-  }
+  const int64_t first = slot / p.block_size * heads * p.block_size + slot % p.block_size;
+  norm_and_turn_heads(norm_turn, keys, heads, [&](int64_t head) KVKEYE_LAMBDA {
+    return p.k_cache + (first + head * p.block_size) * p.dim;
+  });
+  for (int64_t head = 0; head < heads; ++head)
+    std::memcpy(p.v_cache + (first + head * p.block_size) * p.dim, keys + (heads + head) * p.dim,
+                p.dim * sizeof(T));
 }
 
 // One head of the backward pass. With g the gradient turned back, n the normed head and w = g * weight:
@@ -136,13 +183,19 @@ template <class T> void mrope(const MropeParams<T>& p, int64_t begin, int64_t en
 
 template <class T> void qk_norm_mrope(const QkNormMropeParams<T>& p, int64_t begin, int64_t end) {
   Turn turn;
+  float q_weight[kMaxHeadDim], k_weight[kMaxHeadDim];
+  const int64_t half = p.dim / 2;
+  order_weight(p.q_weight, half, q_weight);
+  order_weight(p.k_weight, half, k_weight);
   for (int64_t token = begin; token < end; ++token) {
     turn_of(p.angles, token, turn);
+    order_as_pairs<T>(turn.cos, half);
+    order_as_pairs<T>(turn.sin, half);
     const T* heads = p.qkv + token * p.stride;
     T* q = p.q + token * p.num_q_heads * p.dim;
-    for (int64_t head = 0; head < p.num_q_heads; ++head)
-      norm_and_turn(heads + head * p.dim, p.q_weight, turn, p.dim, p.eps, q + head * p.dim);
-    write_keys(p, token, heads + p.num_q_heads * p.dim, turn);
+    norm_and_turn_heads(NormTurn{q_weight, &turn, half, p.eps}, heads, p.num_q_heads,
+                        [&](int64_t head) KVKEYE_LAMBDA { return q + head * p.dim; });
+    write_keys(p, token, heads + p.num_q_heads * p.dim, NormTurn{k_weight, &turn, half, p.eps});
   }
 }
 

@@ -1,5 +1,6 @@
-// Checks common/simd.h of one instruction set: exit status 0, or the first broken promise on stderr.
-#include "kvkeye/common/simd.h"
+// Checks common/simd.h and simd_pairs.h of one instruction set: exit status 0, or the first broken promise on
+// stderr.
+#include "kvkeye/common/simd_pairs.h"
 
 #include <cmath>
 #include <cstdio>
@@ -119,6 +120,68 @@ void test_sums() {
   }
 }
 
+template <class T> T stored(float value) {
+  T one[kLanes];
+  store(one, splat(value));
+  return one[0];
+}
+
+template <class T> float number(const T& value) {
+  T same[kLanes];
+  for (T& one : same)
+    one = value;
+  return lane(load(same), 0);
+}
+
+// Every element of a pair goes to its place and is rounded as a vector's, special values among normal ones
+// too.
+template <class T> void test_pairs() {
+  constexpr int64_t size = 3 * kPair + kLanes + 1;
+  const float special[] = {1.0f, NAN, 1e-40f, -INFINITY, 0.0f, -1e-39f, 0x1.01p0f, 0x1.03p0f};
+  for (int place = -1; place < size; ++place) {
+    T x[size], other[size], y[size];
+    for (int64_t i = 0; i < size; ++i)
+      x[i] = stored<T>((float)(i * i - 40)), other[i] = stored<T>(1.0f);
+    if (place >= 0)
+      x[place] = stored<T>(special[place % 8]);
+    map_vectors(0, size, y, [](Vf a, Vf b) KVKEYE_LAMBDA { return a * 1.0009765625f + b * 0.0f; }, x, other);
+    for (int64_t i = 0; i < size; ++i) {
+      const T expected = stored<T>(number(x[i]) * 1.0009765625f + 0.0f);
+      check(std::memcmp(&y[i], &expected, sizeof expected) == 0 || std::isnan(number(x[i])),
+            "map_vectors is wrong", (double)i);
+      check(std::isnan(number(y[i])) == std::isnan(number(x[i])), "map_vectors loses a NaN", (double)i);
+    }
+    if (place >= 0)
+      continue;
+    const float total = sum_of(x, size, [](Vf value) KVKEYE_LAMBDA { return value - 1.0f; });
+    float exact = 0;
+    for (const T& value : x)
+      exact += number(value) - 1.0f;
+    check(total == exact, "sum_of is wrong", (double)exact);
+  }
+}
+
+// A table in the order of pairs meets its elements, and rounding between two steps is the rounding of a
+// store.
+template <class T> void test_order_of_pairs() {
+  float table[2 * kPair + 3];
+  T x[kPair], product[kPair], back[kPair];
+  for (int i = 0; i < 2 * kPair + 3; ++i)
+    table[i] = (float)i;
+  for (int i = 0; i < kPair; ++i)
+    x[i] = stored<T>(1.0f + (float)i / 64.0f);
+  order_as_pairs<T>(table, 2 * kPair + 3);
+  for (int i = 2 * kPair; i < 2 * kPair + 3; ++i)
+    check(table[i] == (float)i, "order_as_pairs moves the rest", i);
+  const Pair scaled = load_pair(x) * load_pair((const float*)table + kPair);
+  store_pair(product, scaled);
+  store_pair(back, rounded<T>(scaled));
+  for (int i = 0; i < kPair; ++i)
+    check(number(product[i]) == number(stored<T>(number(x[i]) * (float)(kPair + i))),
+          "order_as_pairs is wrong", i);
+  check(std::memcmp(product, back, sizeof back) == 0, "rounded pairs differ from stored ones", 0);
+}
+
 void test_comparisons() {
   const Vf nan = splat(NAN), one = splat(1.0f);
   check(lane(max(nan, one), 0) == 1.0f && std::isnan(lane(max(one, nan), 0)),
@@ -136,6 +199,10 @@ int main() {
   test_partial<float>();
   test_partial<bf16>();
   test_sums();
+  test_pairs<float>();
+  test_pairs<bf16>();
+  test_order_of_pairs<float>();
+  test_order_of_pairs<bf16>();
   test_comparisons();
   return 0;
 }

@@ -175,6 +175,28 @@ def test_empty_inputs() -> None:
         assert ops.silu_mul(torch.empty(3, 0)).shape == (3, 0)
 
 
+def test_activations_keep_their_digits_in_the_tails() -> None:
+    """Relative errors of fp32, where results are far smaller than the largest of their tensor."""
+    x = torch.linspace(-5.6, 20, 40001)
+    wide = x.double()
+    cubic = (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)
+    truths = {
+        "erf": wide * torch.special.erfc(-wide / 2**0.5) / 2, "tanh": wide * torch.sigmoid(2 * cubic),
+        "silu": wide * torch.sigmoid(wide),
+    }  # fmt: skip
+    with ops.use_backends("cpp"):
+        found = {
+            "erf": ops.gelu(x, False), "tanh": ops.gelu(x, True),
+            "silu": ops.silu_mul(torch.cat((x, torch.ones_like(x)))),
+        }  # fmt: skip
+        limits = ops.gelu(torch.tensor([torch.inf, 0.0, -30.0, -torch.inf]), False)
+    assert limits[:2].tolist() == [torch.inf, 0.0] and limits[2:].abs().max() < 1e-30
+    for name, truth in truths.items():
+        error = ((found[name].double() - truth) / truth).abs().nan_to_num()
+        assert error.max() < {"erf": 1e-5, "tanh": 1e-5, "silu": 2e-6}[name], name
+        assert error[x > -1].max() < 5e-7, name
+
+
 def test_not_a_number_stays() -> None:
     x = torch.tensor([[1.0, float("nan"), 2.0, 3.0]])
     with ops.use_backends("cpp"):

@@ -51,11 +51,15 @@ KVKEYE_INLINE Vf widen(Vh bits) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The instruction that rounds to bf16 takes subnormal values for zero and keeps a NaN's digits; both are
+// rare.
+inline constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
+#endif
+
 // Round to nearest, ties to even; a NaN stays a quiet NaN.
 KVKEYE_INLINE Vh narrow(Vf value) {
-#if defined(__AVX512F__) // the instruction takes subnormal values for zero and keeps a NaN's digits; both are
-                         // rare
-  constexpr int kSubnormalOrNan = 0x20 | 0x80 | 0x01;
+#if defined(__AVX512F__)
   if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)value, kSubnormalOrNan) == 0, 1))
     return (Vh)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)value);
 #endif
@@ -64,6 +68,12 @@ KVKEYE_INLINE Vh narrow(Vf value) {
   const Vu quiet = Vu{} + 0x7fc0u;
   return __builtin_convertvector(value == value ? rounded : quiet, Vh);
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+KVKEYE_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
 
 // Loads and stores. With a count, only the first `count` lanes touch memory and the others read as zero.
 
@@ -93,6 +103,8 @@ KVKEYE_INLINE Vf load(const float* source, int count) {
     return load(source);
 #if defined(__AVX512F__)
   return (Vf)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), source);
+#elif defined(__AVX2__)
+  return (Vf)_mm256_maskload_ps(source, first_lanes(count));
 #else
   Vf value{};
   std::memcpy(&value, source, sizeof(float) * count);
@@ -117,6 +129,8 @@ KVKEYE_INLINE void store(float* target, Vf value, int count) {
     return store(target, value);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(target, (__mmask16)((1u << count) - 1), (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(target, first_lanes(count), (__m256)value);
 #else
   std::memcpy(target, &value, sizeof(float) * count);
 #endif
@@ -139,7 +153,9 @@ template <> inline __attribute__((always_inline)) Vf rounded<float>(Vf value) {
   return value;
 }
 template <> inline __attribute__((always_inline)) Vf rounded<bf16>(Vf value) {
-  return widen(narrow(value));
+  const Vu bits = (Vu)value;
+  const Vu nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return value == value ? (Vf)nearest : (Vf)(Vu{} + 0x7fc00000u);
 }
 
 // Arithmetic.
@@ -266,22 +282,27 @@ template <class Body> KVKEYE_INLINE void for_vectors(int64_t size, Body body) {
 // Sums of long rows are summed in three levels of 16: the rounding error grows with the levels, not with the
 // length.
 
-// The sum of term(offset, lanes) over [0, size), in one order.
-template <class Term> KVKEYE_INLINE float sum_vectors(int64_t size, Term term) {
+// part(begin, end) sums the lowest level, of at most 16 vectors from a whole vector on.
+template <class Part> KVKEYE_INLINE float sum_levels(int64_t size, Part part) {
   constexpr int64_t low = 16 * kLanes, high = 16 * low;
   Vf total{};
   for (int64_t outer = 0; outer < size; outer += high) {
     const int64_t outer_end = outer + high < size ? outer + high : size;
     Vf middle{};
-    for (int64_t inner = outer; inner < outer_end; inner += low) {
-      Vf part{};
-      for_vectors(inner, inner + low < size ? inner + low : size,
-                  [&](int64_t i, int lanes) KVKEYE_LAMBDA { part += term(i, lanes); });
-      middle += part;
-    }
+    for (int64_t inner = outer; inner < outer_end; inner += low)
+      middle += part(inner, inner + low < size ? inner + low : size);
     total += middle;
   }
   return sum(total);
+}
+
+// The sum of term(offset, lanes) over [0, size), in one order.
+template <class Term> KVKEYE_INLINE float sum_vectors(int64_t size, Term term) {
+  return sum_levels(size, [&](int64_t begin, int64_t end) KVKEYE_LAMBDA {
+    Vf part{};
+    for_vectors(begin, end, [&](int64_t i, int lanes) KVKEYE_LAMBDA { part += term(i, lanes); });
+    return part;
+  });
 }
 
 // out[i] = the sum over rows of term(row, i, lanes), for one block of kColumnBlock columns: how the gradient
