@@ -4,7 +4,9 @@
     python benchmarks/ops.py --op packed_linear --dtype bf16 --json benchmarks/results/ops.jsonl
 
 The two sides alternate; medians are reported, their ratio, and the share of the copy bandwidth measured in the same
-run: rows that fit the caches exceed it. What is printed is a Markdown table.
+run: rows that fit the caches exceed it. The copy's target is memory in use; so that results lie in such memory too,
+malloc is told to keep what is freed. With `--fresh` it is left alone: results of 32 MiB and more are then fresh pages
+at every call (`faults`), which the system clears. What is printed is a Markdown table.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _measure import machine, median_times
+from _memory import keep_freed_memory, page_faults
 
 from kvkeye import ops
 from kvkeye.testing.case import Case, Sample, good
@@ -67,12 +70,12 @@ PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 256 MB."""
+def copy_bandwidths() -> tuple[float, float]:
+    """Bytes read and written per second by a copy of 256 MB: to a tensor in use, and to a new one."""
     source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)
-    (seconds,) = median_times([lambda: target.copy_(source)], 1.0)
-    return 2 * source.numel() * 4 / seconds
+    over, new = median_times([lambda: target.copy_(source), source.clone], 1.0)
+    return 2 * source.nbytes / over, 2 * source.nbytes / new
 
 
 def verify(op: ops.Op, case: Case) -> None:
@@ -103,7 +106,7 @@ def measure(op: ops.Op, case: Case, dtype: str, seconds: float, bandwidth: float
     return {
         "op": op.name, "case": case.id, "dtype": dtype, "ms": own * 1e3, "peer": name, "peer_ms": other * 1e3,
         "ratio": other / own, "gb_per_s": case.cost.bytes / own / 1e9, "gflop_per_s": case.cost.flops / own / 1e9,
-        "share_of_copy": case.cost.bytes / own / bandwidth,
+        "share_of_copy": case.cost.bytes / own / bandwidth, "faults": page_faults(ours),
     }  # fmt: skip
 
 
@@ -111,7 +114,7 @@ def line(row: dict[str, Any]) -> str:
     flops = f"{row['gflop_per_s']:.0f}" if row["gflop_per_s"] >= 1 else ""
     return (
         f"| `{row['op']}` | {row['case']} | {row['dtype']} | {row['ms']:.3f} | {row['peer']} | {row['peer_ms']:.3f} | "
-        f"{row['ratio']:.2f} | {row['gb_per_s']:.1f} | {row['share_of_copy']:.0%} | {flops} |"
+        f"{row['ratio']:.2f} | {row['gb_per_s']:.1f} | {row['share_of_copy']:.0%} | {flops} | {row['faults']} |"
     )
 
 
@@ -120,12 +123,15 @@ def main() -> None:
     parser.add_argument("--op", nargs="*", help="only these ops")
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=1.0, help="time per row")
+    parser.add_argument("--fresh", action="store_true", help="leave malloc alone: large results are fresh memory")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     options = parser.parse_args()
-    about, bandwidth = machine(), copy_bandwidth()
-    print(f"{about}\ncopy bandwidth {bandwidth / 1e9:.1f} GB/s\n")
-    print("| op | case | dtype | ms | peer | peer ms | ratio | GB/s | of copy | GFLOP/s |")
-    print("|---" * 10 + "|")
+    memory = "kept" if not options.fresh and keep_freed_memory() else "fresh"
+    bandwidth, new = copy_bandwidths()
+    about = machine() | {"memory": memory, "copy_gb_per_s": bandwidth / 1e9, "new_copy_gb_per_s": new / 1e9}
+    print(f"{about}\n")
+    print("| op | case | dtype | ms | peer | peer ms | ratio | GB/s | of copy | GFLOP/s | faults |")
+    print("|---" * 11 + "|")
     for op in FORWARD:
         if (options.op and op.name not in options.op) or "cpp" not in op.implementations:
             continue
@@ -135,7 +141,7 @@ def main() -> None:
                 print(line(row), flush=True)
                 if options.json:
                     with options.json.open("a") as file:
-                        file.write(json.dumps(about | {"copy_gb_per_s": bandwidth / 1e9} | row) + "\n")
+                        file.write(json.dumps(about | row) + "\n")
 
 
 if __name__ == "__main__":
