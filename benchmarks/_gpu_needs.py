@@ -6,6 +6,7 @@ from kvkeye import ops
 
 #: Per step of benchmarks/gpu.py: what stands in for it without a GPU, and what that leaves open.
 REASONS = {
+    "compile": "the suite compiles every kernel for the targets; their launches on this machine are compiled here",
     "conformance": "the host harness runs cuda rows and the interpreter triton rows; neither is the compiler's code, "
     "the interpreter computes bf16 wrongly, and the order of sums inside a tensor core is not modelled",
     "graphs": "rehearsed by running the call again over the same buffers; only a driver captures and replays",

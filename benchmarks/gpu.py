@@ -6,12 +6,12 @@
     python benchmarks/gpu.py --needs                  what needs a GPU, and why
     python benchmarks/gpu.py --table FILE...          the table of rows that were timed, as Markdown
 
-Steps, in order: conformance (every row of the case table for `cuda` and `triton`, gradients too, against float64),
-graphs (a replayed graph gives the bits of the plain call), bits (a row's attention does not depend on its batch),
-engine (tiny-keye beside the CPU, recorded passes, bits, waits), decode (steps of Qwen3-8B's geometry, one of them with
-a draft head), prompt (of that geometry), encode (passes of the 8B tower), attention (beside SDPA, FlexAttention,
-varlen_attn, FlashInfer and the reference), video (attention in overlapping tiles), timing (single ops), sanitizer
-(compute-sanitizer on the `cuda` rows in bf16, where it is installed).
+Steps, in order: compile (Triton's kernels for the next step, side by side), conformance (every row of the case table
+for `cuda` and `triton`, gradients too, against float64), graphs (a replayed graph gives the bits of the plain call),
+bits (a row's attention does not depend on its batch), engine (tiny-keye beside the CPU, recorded passes, bits, waits),
+decode (steps of Qwen3-8B's geometry, one of them with a draft head), prompt (of that geometry), encode (passes of the
+8B tower), attention (beside SDPA, FlexAttention, varlen_attn, FlashInfer and the reference), video (attention in
+overlapping tiles), timing (single ops), sanitizer (compute-sanitizer on the `cuda` rows in bf16, where there is one).
 Each row is one line of JSON, written when it is done: started again, the command goes on where it stopped, and repeats
 what failed and, unless --keep is given, what other code than this has shown. Rows run in a child process: one that
 breaks the device or never ends has failed, and another child does the rest.
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from _gpu_attention import attention_row, attention_rows
 from _gpu_checks import bits, conformance, graphs
+from _gpu_compile import compiling
 from _gpu_decode import STEPS as STEPS_OF_8B
 from _gpu_decode import TINY_STEPS, decode_row, wall_times
 from _gpu_encode import PACKS, TINY_PACKS, encode_row
@@ -50,7 +51,7 @@ from _measure import machine
 from kvkeye import ops
 
 STEPS = (
-    "conformance", "graphs", "bits", "engine", "decode", "prompt", "encode", "attention", "video", "timing",
+    "compile", "conformance", "graphs", "bits", "engine", "decode", "prompt", "encode", "attention", "video", "timing",
     "sanitizer",
 )  # fmt: skip
 IMPLEMENTATIONS = ("cuda", "triton")
@@ -165,6 +166,7 @@ def steps_of(record: Record, is_rehearsal: bool) -> dict[str, Callable[[], Rows]
         return any(key.startswith(prefix) and row["status"].startswith("fail") for key, row in record.rows.items())
 
     return {
+        "compile": lambda: compiling(device.type),
         "conformance": lambda: conformance(names, device.type),
         "graphs": lambda: graphs(names, device),
         "bits": lambda: bits(names, device.type),

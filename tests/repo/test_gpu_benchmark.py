@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +130,47 @@ def test_a_peer_that_is_wrong_is_left_out(scripts):
     peers = {"right": right, "wrong": lambda s, a: lambda: 2 * right(s, a)(), "cannot": lambda s, a: 1 / 0}
     found, missing = usable(peers, shape, arguments, own(shape, arguments, "eager")())
     assert set(found) == {"right"} and "differs by 0.5" in missing["wrong"] and "ZeroDivision" in missing["cannot"]
+
+
+#: For processes that begin with it: a driver that says what GPU there is, and starts nothing.
+DRIVER = """
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+
+driver.set_active(Driver())
+"""
+COMPILE = """
+from _gpu_compile import compile_all
+
+if __name__ == "__main__":
+    print(compile_all("cpu", 2, [("rms_norm", "bf16"), ("gelu_backward", "fp16")]))
+"""
+
+
+def test_kernels_are_compiled_once_by_processes_side_by_side(tmp_path):
+    """As for a launch: another run finds them in Triton's cache."""
+    found = importlib.util.find_spec("triton")
+    if found is None or not (Path(found.origin).parent / "backends/nvidia/bin/ptxas").is_file():
+        pytest.skip("no triton with an assembler for NVIDIA GPUs")
+    (tmp_path / "sitecustomize.py").write_text(DRIVER)
+    (tmp_path / "script.py").write_text(COMPILE)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{tmp_path}:{ROOT / 'benchmarks'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    runs = []
+    for _ in range(2):
+        command = [sys.executable, str(tmp_path / "script.py")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+        assert "launches in" in done.stdout and "with 2 processes" in done.stdout, done.stderr
+        runs.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.cubin")})
+    assert len(runs[0]) > 5 and runs[0] == runs[1]
 
 
 #: Rows a, b and c; b does what the first argument says.
