@@ -49,13 +49,14 @@ def prompt_row(step: Step, device: torch.device, times: Times) -> dict[str, Any]
     geometry = GEOMETRIES[step.geometry]
     model = random_model(geometry.config(), device)
     inputs, _ = to_device(inputs_of(step), device)
-    sides: dict[str, Callable[[], Tensor]] = {}
-    for way, backends in serving_orders(device, model.dtype).items():
-        runner = Runner(model, inputs.block_table.numel(), BLOCK, backends)
-        sides[way] = partial(last_logits, runner, inputs)
+    runners = {
+        way: Runner(model, inputs.block_table.numel(), BLOCK, backends)
+        for way, backends in serving_orders(device, model.dtype).items()
+    }
+    sides: dict[str, Callable[[], Tensor]] = {way: partial(last_logits, runners[way], inputs) for way in runners}
     bounds = (0, step.context // 3, step.context // 2 + 1, step.context)
     chunks = [chunk(inputs, *pair) for pair in pairwise(bounds)]
-    same = torch.equal(sides["invariant"](), last_logits(runner, *chunks))
+    same = torch.equal(sides["invariant"](), last_logits(runners["invariant"], *chunks))
     assert same, "the invariant prompt in three chunks has other bits than in one pass"
     found = dict(zip(sides, times(list(sides.values()), 10), strict=True))
     return {
