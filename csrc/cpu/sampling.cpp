@@ -6,6 +6,8 @@
 #include "sampling_accept.h"
 #include "sampling_whole.h"
 
+#include <float.h>
+
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
@@ -44,12 +46,13 @@ template <class T> KVKEYE_INLINE int64_t first_at_peak(const Drawing<T>& d) {
 }
 
 // The k-th largest maximum of a block. Tokens below it may still tie with it once they are probabilities,
-// so the bound lies a little lower.
-template <class T> KVKEYE_INLINE double lower_bound(const Drawing<T>& d) {
-  const double bound = kth_peak(d.work.peaks, d.blocks, d.top_k);
+// so the bound lies a little lower. It is finite: -inf has no probability.
+template <class T> KVKEYE_INLINE float lower_bound(const Drawing<T>& d) {
+  const double bound = kth_largest(d.work.peaks, d.blocks, d.top_k);
   double scale = fabs(bound) > fabs(d.peak) ? fabs(bound) : fabs(d.peak);
   scale = scale > d.temperature ? scale : d.temperature;
-  return bound - 0x1p-40 * scale;
+  const double low = bound - 0x1p-40 * scale - 0x1p-23 * fabs(bound); // the latter for rounding to fp32
+  return low > -FLT_MAX ? (float)low : -FLT_MAX;
 }
 
 // Token at which the mass of `size` candidates, in vocabulary order, exceeds u times the total.
@@ -71,7 +74,7 @@ KVKEYE_INLINE int64_t invert(Candidate* c, int64_t size, double min_p, double u)
 }
 
 template <class T> int64_t draw_of_first(const Drawing<T>& d) {
-  const double low = lower_bound(d);
+  const float low = lower_bound(d);
   Candidate* c = d.work.candidates;
   int64_t found = gather_from(d.row, d.work.peaks, low, c);
   for (int64_t i = 0; i < d.num_penalised; ++i)
@@ -86,12 +89,13 @@ template <class T> int64_t draw_of_first(const Drawing<T>& d) {
   return invert(c, kept, d.min_p, d.u);
 }
 
-// The whole vocabulary takes part: work.row holds what may be drawn.
+// The whole vocabulary takes part: work.row holds what may be drawn. Penalised tokens have their
+// probabilities.
 template <class T> void weigh_all(const Drawing<T>& d) {
   double* row = d.work.row;
   fill_probabilities(d.row, d.softmax, 0, d.row.size, row);
   for (int64_t i = 0; i < d.num_penalised; ++i)
-    row[d.work.penalised[i].id] = d.softmax.of(d.work.penalised[i].value);
+    row[d.work.penalised[i].id] = d.work.penalised[i].value;
   truncate(row, d.work.candidates, d.row.size, d.top_k, d.top_p);
 }
 
@@ -109,11 +113,15 @@ template <class T> int64_t draw(const SampleParams<T>& p, int64_t b) {
   if (temperature == 0.0)
     return first_at_peak(d);
   const bool all = d.top_k <= 0 || d.top_k >= row.size;
-  if (temperature > 0.0 && fabs(softmax.offset) < INFINITY && p.drafts.probability == nullptr) {
-    if (!all && d.top_k <= blocks)
-      return draw_of_first(d);
-    const WholeDraw<T> whole{row, p.work, num_penalised, softmax, d.min_p};
-    const int64_t found = !all ? kUndecided : d.top_p < 1.0 ? whole.draw(d.top_p, u) : whole.draw(u);
+  const bool is_usual =
+      temperature > 0.0 && fabs(softmax.offset) < INFINITY && p.drafts.probability == nullptr;
+  if (is_usual && !all && d.top_k <= blocks)
+    return draw_of_first(d);
+  for (int64_t i = 0; i < num_penalised; ++i)
+    p.work.penalised[i].value = softmax.of(p.work.penalised[i].value);
+  if (is_usual && all && FastSoftmax::fits(softmax)) {
+    const WholeDraw<T> whole{row, p.work, num_penalised, softmax, FastSoftmax(softmax), d.min_p};
+    const int64_t found = d.top_p < 1.0 ? whole.draw(d.top_p, u) : whole.draw(u);
     if (found != kUndecided)
       return found;
   }

@@ -5,6 +5,8 @@
 #include "kvkeye/common/simd.h"
 #include "kvkeye/sampling.h"
 
+#include <math.h>
+
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
@@ -16,10 +18,6 @@ struct ByRank {
 
 struct ById {
   KVKEYE_INLINE bool before(const Candidate& a, const Candidate& b) { return a.id < b.id; }
-};
-
-struct Falling {
-  KVKEYE_INLINE bool before(float a, float b) { return a > b; }
 };
 
 template <class Item> KVKEYE_INLINE void exchange(Item& a, Item& b) {
@@ -88,15 +86,48 @@ template <class Order, class Item> void sort(Item* c, int64_t size) {
   insertion_sort<Order>(c, size);
 }
 
-// The k-th largest of the maxima of blocks, which are followed by as much free memory.
-KVKEYE_INLINE float kth_peak(float* peaks, int64_t blocks, int64_t k) {
-  float* copy = peaks + blocks;
-  std::memcpy(copy, peaks, blocks * sizeof(float));
-  select<Falling>(copy, blocks, k);
-  float least = copy[0];
-  for (int64_t i = 1; i < k && i < blocks; ++i)
-    least = copy[i] < least ? copy[i] : least;
-  return least;
+// Two numbers whose distance has been halved `steps` times, or is 1: `low` passes the test and `high` does
+// not, where they did before.
+struct Bracket {
+  int64_t low, high;
+};
+template <class Test> KVKEYE_INLINE Bracket bisect(Bracket at, int steps, Test passes) {
+  for (; steps > 0 && at.high - at.low > 1; --steps) {
+    const int64_t middle = at.low + (at.high - at.low) / 2;
+    (passes(middle) ? at.low : at.high) = middle;
+  }
+  return at;
+}
+
+// Floats in their order as integers, and back.
+KVKEYE_INLINE int32_t key_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+KVKEYE_INLINE float float_of(int32_t key) {
+  const int32_t bits = key ^ (key >> 31 & 0x7fffffff);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+KVKEYE_INLINE float next_above(float x) {
+  return float_of(key_of(x) + 1);
+}
+
+// The largest number that k of the values reach, none of which is a NaN.
+KVKEYE_INLINE float kth_largest(const float* values, int64_t size, int64_t k) {
+  const auto is_reached = [&](int64_t key) KVKEYE_LAMBDA {
+    const float bound = float_of((int32_t)key);
+    int64_t count = 0, i = 0;
+    for (; i + kLanes <= size; i += kLanes)
+      count += __builtin_popcount(bits_from(load(values + i), bound));
+    for (; i < size; ++i)
+      count += values[i] >= bound;
+    return count >= k;
+  };
+  return float_of((int32_t)bisect({key_of(-INFINITY), key_of(INFINITY) + 1}, 32, is_reached).low);
 }
 
 // Top-p over candidates as it is defined: one stays if the mass before it is below the share, the first one

@@ -41,9 +41,9 @@ struct Workspace {
   std::unique_ptr<double[]> row;
 
   Workspace(int64_t vocabulary, int64_t longest_history)
-      : words(new uint32_t[(vocabulary + 31) / 32]), peaks(new float[2 * blocks_of(vocabulary, kScanBlock)]),
+      : words(new uint32_t[(vocabulary + 31) / 32]), peaks(new float[blocks_of(vocabulary, kScanBlock)]),
         past(new PastToken[past_places(longest_history)]), penalised(new Candidate[longest_history]),
-        candidates(new Candidate[vocabulary]), row(new double[vocabulary + 64]) {}
+        candidates(new Candidate[vocabulary]), row(new double[2 * (vocabulary + 64)]) {}
 
   template <class T> void lend(SampleParams<T>& params) const {
     params.work = {words.get(), peaks.get(), past.get(), penalised.get(), candidates.get(), row.get()};

@@ -91,6 +91,22 @@ def test_equals_the_reference_on_a_full_vocabulary(top_k: int, top_p: float, kin
         assert torch.equal(ops.sample(*given), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, 0.0), (0.5, 0.0), (0.9, 0.2), (1.0, 0.2)])
+def test_equals_the_reference_where_fp32_sums_would_not(top_p: float, min_p: float, dtype: torch.dtype) -> None:
+    """Nearly flat rows: neighbours in the cumulated mass are so close that fp64 has to decide some of the draws."""
+    rows = 48
+    given = [torch.zeros(rows, dtype=None if t is None else t.dtype) for t in arguments("spread", 1, dtype)]
+    given[0] = torch.randn(rows, 151_936).div(2).to(dtype)
+    given[1], given[3], given[4] = torch.ones(rows), torch.full((rows,), top_p), torch.full((rows,), min_p)
+    given[5], given[8], given[9] = torch.ones(rows), torch.empty(0).int(), torch.zeros(rows + 1).int()
+    given[12] = torch.arange(rows)
+    with ops.use_backends("eager"):
+        expected = ops.sample(*given[:14], None)
+    with ops.use_backends("cpp"):
+        assert torch.equal(ops.sample(*given[:14], None), expected)
+
+
 def test_an_infinite_temperature_with_a_mask_stays_inside_the_mask() -> None:
     given = arguments("spread", 64, torch.float32)
     given[1], given[2], given[3] = torch.full((ROWS,), torch.inf), torch.zeros(ROWS).int(), torch.full((ROWS,), 0.9)

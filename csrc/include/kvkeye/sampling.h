@@ -29,11 +29,11 @@ static constexpr int64_t kScanBlock = 64; // logits whose maximum is kept
 // Working memory of one thread. `row` is touched only without top-k.
 struct SampleWorkspace {
   uint32_t* words;       // [ceil(vocabulary / 32)], bits of the tokens that are read as they are
-  float* peaks;          // [2, ceil(vocabulary / kScanBlock)]
+  float* peaks;          // [ceil(vocabulary / kScanBlock)]
   PastToken* past;       // [past_places(longest history)]
   Candidate* penalised;  // [longest history]
   Candidate* candidates; // [vocabulary]
-  double* row;           // [vocabulary + 64]
+  double* row;           // [2 (vocabulary + 64)]
 };
 
 // Places of the hash table for so many tokens: a power of two, half of them free.

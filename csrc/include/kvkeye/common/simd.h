@@ -191,6 +191,28 @@ KVKEYE_INLINE Vf min(Vf a, Vf b) {
 #endif
 }
 
+// The lanes that reach a bound: one bit for each; a sum to which only they are added.
+KVKEYE_INLINE uint32_t bits_from(Vf x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)splat(bound), _CMP_GE_OQ));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane)
+    bits |= (uint32_t)(x[lane] >= bound) << lane;
+  return bits;
+#endif
+}
+KVKEYE_INLINE Vf add_from(Vf sum, Vf x, float bound) {
+#if defined(__AVX512F__)
+  const __mmask16 reach = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_GE_OQ);
+  return (Vf)_mm512_mask_add_ps((__m512)sum, reach, (__m512)sum, (__m512)x);
+#else
+  return sum + (x >= bound ? x : Vf{});
+#endif
+}
+
 // Sum and maximum over the lanes, halving each time (lane i meets lane i + half): one order for each
 // instruction set, without a way through memory.
 typedef float V4 __attribute__((vector_size(16)));

@@ -37,6 +37,14 @@ KVKEYE_INLINE void widen(Vf x, Vd (&halves)[2]) {
 #endif
 }
 
+KVKEYE_INLINE Vf narrow(const Vd (&halves)[2]) {
+  Vf x;
+  const Vnarrow part[2] = {__builtin_convertvector(halves[0], Vnarrow),
+                           __builtin_convertvector(halves[1], Vnarrow)};
+  std::memcpy(&x, part, sizeof x);
+  return x;
+}
+
 // Adding it rounds to an integer, which then is the lower part of the bits.
 inline constexpr double kRoundingMagic = 0x1.8p52;
 
@@ -81,40 +89,6 @@ KVKEYE_INLINE Vd exp(Vd x) {
   const Vl exponent = (Vl)shifted - (Vl)splat_double(kRoundingMagic), half = exponent >> 1;
   const Vd value = sum * (Vd)((half + 1023) << 52) * (Vd)((exponent - half + 1023) << 52);
   return x == x ? value : Vd{};
-#endif
-}
-
-// Lanes in which a comparison holds, and a bit for each of them.
-#if defined(__AVX512F__)
-typedef __mmask8 Lanes;
-#else
-typedef Vl Lanes;
-#endif
-
-KVKEYE_INLINE Lanes at_least(Vd x, double bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask((__m512d)x, (__m512d)splat_double(bound), _CMP_GE_OQ);
-#else
-  return (Vl)(x >= bound);
-#endif
-}
-
-KVKEYE_INLINE Vd add_where(Lanes lanes, Vd sum, Vd x) {
-#if defined(__AVX512F__)
-  return (Vd)_mm512_mask_add_pd((__m512d)sum, lanes, (__m512d)sum, (__m512d)x);
-#else
-  return sum + (lanes != 0 ? x : Vd{});
-#endif
-}
-
-KVKEYE_INLINE uint32_t bits_of(Lanes lanes) {
-#if defined(__AVX512F__)
-  return lanes;
-#else
-  uint32_t bits = 0;
-  for (int lane = 0; lane < kDoubles; ++lane)
-    bits |= (uint32_t)(lanes[lane] != 0) << lane;
-  return bits;
 #endif
 }
 
