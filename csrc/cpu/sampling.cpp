@@ -6,8 +6,6 @@
 #include "sampling_accept.h"
 #include "sampling_whole.h"
 
-#include <float.h>
-
 namespace kvkeye::KVKEYE_ISA {
 namespace {
 
@@ -52,7 +50,8 @@ template <class T> KVKEYE_INLINE float lower_bound(const Drawing<T>& d) {
   double scale = fabs(bound) > fabs(d.peak) ? fabs(bound) : fabs(d.peak);
   scale = scale > d.temperature ? scale : d.temperature;
   const double low = bound - 0x1p-40 * scale - 0x1p-23 * fabs(bound); // the latter for rounding to fp32
-  return low > -FLT_MAX ? (float)low : -FLT_MAX;
+  constexpr float kLargest = 0x1.fffffep127f;
+  return low > -kLargest ? (float)low : -kLargest;
 }
 
 // Token at which the mass of `size` candidates, in vocabulary order, exceeds u times the total.

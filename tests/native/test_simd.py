@@ -1,4 +1,4 @@
-"""The portable vectors: compiled for each instruction set and run."""
+"""The portable vectors, and what stands on their rounding: compiled for each instruction set and run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ def flags(isa: str) -> list[str]:
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_vectors(isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["simd_test", "sampling_test"])
+def test_program_ends_well(name: str, isa: str, tmp_path: Path) -> None:
     needed = {"generic": "", "avx2": "avx2", "avx512": "avx512_bf16"}[isa]
     if isa != "generic" and not re.search(rf"\b{needed}\b", CPU_FLAGS):
         pytest.skip(f"this CPU has no {isa}")
-    program = tmp_path / "simd_test"
-    source = ROOT / "tests" / "native" / "simd_test.cpp"
+    program, source = tmp_path / name, ROOT / "tests" / "native" / f"{name}.cpp"
     options = ["-std=gnu++17", "-O2", "-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
-    command = [str(COMPILER), *options, *flags(isa), f"-DKVKEYE_ISA={isa}", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = [
+        str(COMPILER),
+        *options,
+        *flags(isa),
+        f"-DKVKEYE_ISA={isa}",
+        *(f"-I{ROOT / 'csrc' / part}" for part in ("include", "cpu")),
+    ]
     built = subprocess.run([*command, str(source), "-o", str(program)], capture_output=True, text=True, timeout=120)
     assert built.returncode == 0 and not built.stderr, built.stderr
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
